@@ -1,0 +1,1552 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.9"
+# dependencies = [
+#     "mlx>=0.29.3; sys_platform == 'darwin'",
+#     "mlx[cpu]>=0.29.3; sys_platform == 'linux'",
+#     "mlx-lm>=0.29.1",
+#     "huggingface-hub>=0.34",
+#     "transformers>=4.56",
+# ]
+# ///
+"""Talk with a local language model in the terminal, on Apple silicon.
+
+`llmchat MODEL` loads a Hugging Face model with MLX and answers at `prompt ->` until `quit`, `bye` or
+`exit`. Three promises shape the file:
+
+- Right: every turn the model is fed exactly what its chat template makes of the whole conversation.
+- Cheap: tokens whose state the engine still holds are not computed again (see `PromptCache`).
+- Safe: the conversation is well formed whatever happens; a turn that fails leaves no trace in it.
+
+The rooms, in reading order; nothing is used before it is defined:
+
+    Errors         one exception, a finished sentence
+    Settings       every parameter, declared once: flag, config key, `/set` key, range, help
+    Model          finding it, checking it, loading it
+    Prompt cache   the tokens whose state the engine holds, and the cheapest way to a new prompt
+    Thoughts       telling a reasoning model's thoughts from its answer
+    Conversation   messages, and replies as generators of pieces; never prints
+    Terminal       reads prompts, shows pieces; knows nothing of MLX
+    Program        commands, the chat loop, signals, `main`
+
+Exit statuses: 0 done, 1 an error said in one sentence, 2 wrong usage or configuration, 130, 143 and
+129 interrupted by SIGINT, SIGTERM or SIGHUP, 141 standard output closed.
+
+What it refuses to be: a server, a downloader, a converter, an agent. It has no plug-ins, runs no code
+from a model repository unless told to, and asks the network for nothing that is already on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TextIO
+
+__version__ = "0.1.0"
+
+MAX_TOKENS = 512
+TEMPERATURE = 0.7
+TOP_P = 0.9
+
+# Tokens put through the model between two looks at Ctrl+C while a prompt is read (prefill).
+# mlx-lm's own default is 2048, which a small model on a slow machine takes a second for.
+PREFILL_STEP_TOKENS = 512
+
+# Below this a temperature is as good as 0, and 1 / temperature overflows a float32 further down.
+LEAST_TEMPERATURE = 1e-3
+
+# mlx-lm's own default for how many last tokens a repetition penalty looks at.
+REPETITION_CONTEXT_TOKENS = 20
+
+CONFIG_FILE = ".llmchat_config"
+HISTORY_FILE = ".llmchat_history"
+HISTORY_ENTRIES = 1000
+LEAVE_WORDS = ("quit", "bye", "exit")
+EXAMPLE_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
+
+
+# ---------------------------------------------------------------------------------------- Errors
+
+
+class ChatError(Exception):
+    """A finished sentence for the user: what happened, to what, and what would work instead."""
+
+    def __init__(self, sentence: str, status: int = 1) -> None:
+        super().__init__(sentence)
+        # What `main` is to return if nothing catches this: 1, or 2 for wrong usage or configuration.
+        self.status = status
+
+
+def one_line(error: BaseException) -> str:
+    """What a foreign error says, on one line and never empty."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# -------------------------------------------------------------------------------------- Settings
+
+
+def number(convert: Callable[[str], Any], low: float, high: float | None = None) -> Callable[[str], Any]:
+    """A parser of one number in [low, high]; it raises `ArgumentTypeError` with the range."""
+    kind = "a whole number" if convert is int else "a number"
+    bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            # Written so that a NaN, which compares false with everything, is refused.
+            if low <= value <= (sys.float_info.max if high is None else high):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {kind} {bounds}, not '{text}'")
+
+    return parse
+
+
+def switch(text: str) -> bool:
+    """A yes or no as a config file or `/set` says it."""
+    for words, value in ((("true", "yes", "on", "1"), True), (("false", "no", "off", "0"), False)):
+        if text.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
+
+
+def option(
+    default: Any,
+    parse: Callable[[str], Any],
+    help: str,
+    *,
+    flags: Sequence[str] = (),
+    metavar: str | None = None,
+    in_file: bool = True,
+    in_chat: bool = False,
+) -> Any:
+    """Declare one parameter: everything that flags, config files and `/set` know of it is here."""
+    about = {"parse": parse, "help": help, "flags": flags, "metavar": metavar, "in_file": in_file, "in_chat": in_chat}
+    return dataclasses.field(default=default, metadata=about)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Every parameter of the program. A field's name is its key, with `-` for `_`."""
+
+    model: str | None = option(None, str, "a Hugging Face repository or a folder", metavar="MODEL")
+    prompt: str | None = option(
+        None,
+        str,
+        "print the reply to TEXT and leave; piped standard input is put before it, - is standard input alone",
+        flags=["-p"],
+        metavar="TEXT",
+        in_file=False,
+    )
+    system: str | None = option(None, str, "the system prompt", metavar="TEXT", in_chat=True)
+    max_tokens: int = option(
+        MAX_TOKENS, number(int, 1), f"the longest reply, in tokens (default {MAX_TOKENS})", metavar="N", in_chat=True
+    )
+    temperature: float = option(
+        TEMPERATURE,
+        number(float, 0, 10),
+        f"how freely words are chosen; 0 takes the likeliest (default {TEMPERATURE})",
+        metavar="T",
+        in_chat=True,
+    )
+    top_p: float = option(
+        TOP_P,
+        number(float, 0, 1),
+        f"choose among the likeliest tokens with this total probability (default {TOP_P}; 0 or 1 is off)",
+        metavar="P",
+        in_chat=True,
+    )
+    top_k: int = option(
+        0, number(int, 0), "choose among the K likeliest tokens (default 0: off)", metavar="K", in_chat=True
+    )
+    min_p: float = option(
+        0.0,
+        number(float, 0, 1),
+        "leave out tokens less likely than P times the likeliest (default 0: off)",
+        metavar="P",
+        in_chat=True,
+    )
+    repetition_penalty: float = option(
+        1.0,
+        number(float, 0.01, 10),
+        f"make the last {REPETITION_CONTEXT_TOKENS} tokens less likely (default 1: off)",
+        metavar="X",
+        in_chat=True,
+    )
+    seed: int | None = option(None, number(int, 0, 2**32 - 1), "make replies repeatable", metavar="N", in_chat=True)
+    history: bool = option(True, switch, "send each prompt alone, without the turns before it", in_chat=True)
+    think: bool | None = option(
+        None, switch, "ask a reasoning model to think, or not to (default: as its template does)", in_chat=True
+    )
+    hide_thoughts: bool = option(False, switch, "show that a reasoning model thinks, not what", in_chat=True)
+    stats: bool = option(False, switch, "show time, tokens and cache use after each reply", in_chat=True)
+    adapter: str | None = option(None, str, "a LoRA adapter to load on top of the model", metavar="FOLDER")
+    revision: str | None = option(None, str, "the branch, tag or commit of the repository", metavar="NAME")
+    trust_remote_code: bool = option(False, switch, "run code that the model repository brings along", in_file=False)
+
+    # Where each value that is not a default came from: a file, "flag" or "here".
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+OPTIONS = {field.name.replace("_", "-"): field for field in dataclasses.fields(Settings) if "parse" in field.metadata}
+
+
+def option_for(key: str, value: str) -> tuple[dataclasses.Field[Any], Any]:
+    """The option and the value that `key = value` means, as in a config file or `/set`.
+
+    Raises `ArgumentTypeError` for an unknown key or a bad value. `no-KEY` is a switch turned round.
+    """
+    name = key.lower().replace("_", "-")
+    negated = name.startswith("no-") and name[3:] in OPTIONS and OPTIONS[name[3:]].metadata["parse"] is switch
+    field = OPTIONS.get(name[3:] if negated else name)
+    if field is None:
+        near = difflib.get_close_matches(name, OPTIONS, 1)
+        raise argparse.ArgumentTypeError("is no setting" + (f"; did you mean '{near[0]}'?" if near else ""))
+    if not value:
+        raise argparse.ArgumentTypeError("needs a value")
+    parsed = field.metadata["parse"](value)
+    return field, (not parsed if negated else parsed)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The parameters in a file of `key = value` lines; a `#` first in a line, or between blanks, starts a comment.
+
+    A file that is not there says nothing. Raises `ChatError` naming file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatError(f"{path} could not be read: {one_line(error)}. Mend or remove it.", 2) from error
+    values: dict[str, Any] = {}
+    for count, line in enumerate(lines, 1):
+        text = re.sub(r"^\s*#.*|\s#(\s.*)?$", "", line).strip()
+        if not text:
+            continue
+        key, equals, value = (part.strip() for part in text.partition("="))
+        try:
+            if not equals:
+                raise argparse.ArgumentTypeError("is not of the form 'key = value'")
+            field, parsed = option_for(key, value)
+            if not field.metadata["in_file"]:
+                raise argparse.ArgumentTypeError("can only be given on the command line")
+        except argparse.ArgumentTypeError as error:
+            raise ChatError(f"{path}:{count}: {key} {error}", 2) from error
+        values[field.name] = parsed
+    return values
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line, made from the options. What is not given is left out of the namespace."""
+    parser = argparse.ArgumentParser(
+        prog="llmchat",
+        usage="llmchat MODEL [options]",
+        description="Talk with a local language model in the terminal.",
+        epilog=f"Defaults can stand in ~/{CONFIG_FILE} and ./{CONFIG_FILE}: lines of 'key = value', keys as the flags.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for key, field in OPTIONS.items():
+        about = field.metadata
+        if key == "model":
+            parser.add_argument(key, nargs="?", metavar=about["metavar"], help=about["help"])
+        elif about["parse"] is switch:
+            # Both ways round, so that a flag can overrule a file; help shows the one that changes something.
+            shown = {True: field.default is not True, False: field.default is not False}
+            for value, flag in ((True, f"--{key}"), (False, f"--no-{key}")):
+                text = about["help"] if shown[value] else argparse.SUPPRESS
+                parser.add_argument(flag, dest=field.name, action="store_const", const=value, help=text)
+        else:
+            flags = [*about["flags"], f"--{key}"]
+            parser.add_argument(
+                *flags, dest=field.name, type=about["parse"], metavar=about["metavar"], help=about["help"]
+            )
+    parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
+    return parser
+
+
+def read_settings(argv: Sequence[str] | None) -> Settings:
+    """Defaults, then the config files of the home and the working folder, then the flags.
+
+    Raises `ChatError` for a wrong config file; argparse itself leaves with 2 for wrong flags.
+    """
+    flags = vars(argument_parser().parse_args(argv))
+    settings = Settings()
+    files = [Path(os.path.expanduser("~")) / CONFIG_FILE, Path(CONFIG_FILE)]
+    for source, values in [*((str(path), read_config(path)) for path in files), ("flag", flags)]:
+        for name, value in values.items():
+            setattr(settings, name, value)
+            settings.sources[name] = source
+    return settings
+
+
+# ----------------------------------------------------------------------------------------- Model
+
+
+def hub_cache() -> Path:
+    """The folder in which huggingface-hub keeps models: its own rule, said again so that nothing is imported."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(os.path.expanduser(folder)))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that a model folder should hold, whether or not they are there.
+
+    An index names them; without one a shard's name says how many there are. Nothing found is an empty list.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        return sorted({folder / name for name in index["weight_map"].values()})
+    found = sorted(folder.glob("model*.safetensors"))
+    shard = re.fullmatch(r"(model.*-)\d+-of-(\d+)\.safetensors", found[0].name) if found else None
+    if shard is None:
+        return found
+    return [folder / f"{shard[1]}{n:05}-of-{shard[2]}.safetensors" for n in range(1, int(shard[2]) + 1)]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder of the hub cache holds all that loading needs; a file is only there when it is whole."""
+    weights = weight_files(folder)
+    needed = [folder / "config.json", folder / "tokenizer_config.json", *weights]
+    return bool(weights) and all(file.exists() for file in needed)
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of a repository whose files are complete in the hub cache, found without the hub or its library."""
+    repository = hub_cache() / ("models--" + name.replace("/", "--"))
+    commit = revision or "main"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        commit = (repository / "refs" / commit).read_text().strip()
+    folder = repository / "snapshots" / commit
+    return folder if is_complete(folder) else None
+
+
+def cached_models() -> list[str]:
+    """The repositories in the hub cache that can be started without a download."""
+    names = (entry.name[len("models--") :].replace("--", "/") for entry in sorted(hub_cache().glob("models--*")))
+    return [name for name in names if cached_snapshot(name, None)]
+
+
+def read_ahead(files: Sequence[Path]) -> None:
+    """Read weight files into the page cache in the background, while the libraries are imported."""
+
+    def read() -> None:
+        buffer = bytearray(1 << 22)
+        for file in files:
+            # Whatever is wrong with a file is said by the load that follows.
+            with contextlib.suppress(OSError), open(file, "rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+def instruct_sibling(name: str) -> str:
+    """The name under which a base model's instruct-tuned sibling most likely stands."""
+    base = re.sub(r"[-_](base|pt)\b", "", name, flags=re.IGNORECASE)
+    quantized = re.search(r"[-_](\d+bit|bf16|fp16|mxfp4|nvfp4|mlx).*$", base, flags=re.IGNORECASE)
+    end = quantized.start() if quantized else len(base)
+    return base[:end] + ("-it" if "gemma" in base.lower() else "-Instruct") + base[end:]
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """How many tokens the model was made for, by its configuration; None where it doesn't say."""
+    for part in (config, config.get("text_config")):
+        for key in (
+            "max_position_embeddings",
+            "n_positions",
+            "max_sequence_length",
+            "max_seq_len",
+            "seq_length",
+            "n_ctx",
+        ):
+            if isinstance(part, dict) and isinstance(part.get(key), int) and part[key] > 0:
+                return int(part[key])
+    return None
+
+
+@dataclasses.dataclass
+class Model:
+    """A loaded model: the network, its tokenizer, and what its configuration says."""
+
+    name: str
+    net: Any
+    tokenizer: Any
+    context_length: int | None
+
+    def render(self, messages: list[dict[str, str]], think: bool | None = None) -> str:
+        """The chat template's text for `messages`, up to where the reply starts.
+
+        Raises `ChatError` where the template does.
+        """
+        # mlx-lm's wrapper tells every template to think; a user who said nothing gets the template's own
+        # default, so the tokenizer inside is asked, unless mlx-lm brings the template along as a function.
+        wrapped = getattr(self.tokenizer, "_chat_template", None) is not None
+        tokenizer = self.tokenizer if wrapped else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+        choice = {} if think is None else {"enable_thinking": think}
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **choice)
+        except Exception as error:
+            raise ChatError(
+                f"The chat template of {self.name} can't render this conversation: {one_line(error)}"
+            ) from error
+        return str(text)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a rendered text, which brings its own BOS."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def read_model_config(folder: Path, name: str) -> dict[str, Any]:
+    """The `config.json` of a folder. Raises `ChatError` where it is missing or broken."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ChatError(
+            f"{name} has no config.json: name the folder of a model, or a Hugging Face repository."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ChatError(f"config.json of {name} can't be read: {one_line(error)}. Download the model again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ChatError(
+            f"config.json of {name} names no model_type, so this is no language model that mlx-lm can load."
+        )
+    return config
+
+
+def find_model(settings: Settings) -> Path:
+    """The folder of the model: the one that was named, or a repository's in the hub cache, downloaded if need be."""
+    name = str(settings.model)
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ChatError(f"There is no folder {name}: name a model folder, or a repository such as {EXAMPLE_MODEL}.")
+    return cached_snapshot(name, settings.revision) or download(name, settings.revision)
+
+
+def download(name: str, revision: str | None) -> Path:
+    """Fetch what is missing of a repository into the hub cache, its config.json first. Raises `ChatError`."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from mlx_lm import utils
+
+    # What mlx-lm's `load` downloads; older versions keep the list inside a function.
+    patterns = getattr(utils, "DEFAULT_ALLOW_PATTERNS", None) or [
+        *("*.json", "model*.safetensors", "*.py", "*.txt", "*.jsonl", "*.jinja"),
+        *("tokenizer.model", "*.tiktoken", "tiktoken.model"),
+    ]
+    try:
+        config = hf_hub_download(name, "config.json", revision=revision)
+        read_model_config(Path(config).parent, name)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except ChatError:
+        raise
+    except Exception as error:
+        raise ChatError(f"{name} could not be downloaded: {one_line(error)}") from error
+
+
+def load_model(settings: Settings) -> Model:
+    """Find, check and load the model. Raises `ChatError` for whatever stands in the way."""
+    name = str(settings.model)
+    # Chatter of the libraries that is no news to somebody who wants to talk.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    folder = find_model(settings)
+    config = read_model_config(folder, name)
+    if "model_file" in config and not settings.trust_remote_code:
+        # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
+        raise ChatError(
+            f"{name} wants to run its own code ({config['model_file']}); --trust-remote-code would allow that."
+        )
+    if not weight_files(folder):
+        raise ChatError(f"{name} holds no model*.safetensors: MLX can load no other format.")
+    read_ahead(weight_files(folder))
+
+    import mlx_lm
+
+    trust = {"trust_remote_code": settings.trust_remote_code}
+    if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
+        loading: dict[str, Any] = {"tokenizer_config": trust, **trust}
+    else:
+        loading = {"tokenizer_config": trust}
+    try:
+        net, tokenizer = mlx_lm.load(str(folder), adapter_path=settings.adapter, **loading)[:2]
+    except Exception as error:
+        raise ChatError(f"{name} could not be loaded: {one_line(error)}") from error
+    if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
+        raise ChatError(f"{name} has no chat template, so it can't hold a conversation; try {instruct_sibling(name)}.")
+    return Model(name, net, tokenizer, context_length(config))
+
+
+# ---------------------------------------------------------------------------------- Prompt cache
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences start with in common."""
+    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+class Stopped(Exception):
+    """Raised by `PromptCache` within prefill when it was asked to stop; its own state is known then."""
+
+
+class PromptCache:
+    """Owns the engine's state. Invariant: whenever no call is under way, it is the state of exactly `self.tokens`.
+
+    Given a new prompt it goes to the longest prefix that it can reach, and only the rest is computed.
+    Plain KV caches are trimmed. Recurrent layers, and sliding windows once they have wrapped, can't be:
+    of those a copy is kept at a place that the next turn is known to share (a snapshot), and going back
+    means putting the copy in place and trimming the other layers to the same length. Resetting only some
+    layers would give wrong words. Whenever the state can't be known, it is dropped.
+    """
+
+    def __init__(self, net: Any) -> None:
+        self._net = net
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self.tokens: list[int] = []
+        self._layers: list[Any] = make_prompt_cache(self._net)
+        # Two places are kept: this turn's, for the next turn and /retry, and the turn's before, for /undo.
+        self._snapshots: list[tuple[int, list[Any]]] = []
+
+    def _leaves(self) -> list[Any]:
+        # A hybrid layer may hold several caches in a CacheList.
+        return [leaf for layer in self._layers for leaf in getattr(layer, "caches", [layer])]
+
+    @property
+    def can_trim(self) -> bool:
+        """Whether every layer can go back any number of tokens, now and later."""
+        return not any(map(self._needs_copy, self._leaves()))
+
+    @staticmethod
+    def _needs_copy(leaf: Any) -> bool:
+        # A sliding window (it has a max_size) says that it can be trimmed, until it wraps.
+        return hasattr(leaf, "max_size") or not leaf.is_trimmable()
+
+    def _take_snapshot(self) -> None:
+        # Deep, because a wrapped sliding window writes into its arrays in place. Copying an MLX array
+        # shares its memory until one of the two is written to. Only what can't be trimmed is copied.
+        copies = [copy.deepcopy(vars(leaf)) if self._needs_copy(leaf) else None for leaf in self._leaves()]
+        self._snapshots = [*self._snapshots[-1:], (len(self.tokens), copies)]
+
+    def _restore_snapshot(self, length: int, copies: list[Any]) -> bool:
+        surplus = len(self.tokens) - length
+        for leaf, saved in zip(self._leaves(), copies):
+            if saved is not None:
+                vars(leaf).update(copy.deepcopy(saved))
+            elif leaf.trim(surplus) != surplus:
+                return False
+        return True
+
+    def rewind(self, prompt: Sequence[int]) -> int:
+        """Go to the longest prefix of `prompt` that can be reached and leaves at least one token to compute.
+
+        Returns its length: the tokens that `stream` will not put through the model again.
+        """
+        from mlx_lm.models.cache import trim_prompt_cache
+
+        shared = common_prefix(self.tokens, prompt[:-1])
+        surplus = len(self.tokens) - shared
+        with self._dropped_on_error():
+            if surplus and self.can_trim:
+                # A chunked cache may hold less than it was asked to give back.
+                trimmed: Any = trim_prompt_cache(self._layers, surplus)
+                if trimmed != surplus:
+                    self.clear()
+            elif surplus:
+                self._snapshots = [kept for kept in self._snapshots if kept[0] <= shared]
+                if self._snapshots and self._restore_snapshot(*self._snapshots[-1]):
+                    shared = self._snapshots[-1][0]
+                else:
+                    self.clear()
+            self.tokens = self.tokens[:shared]
+        return len(self.tokens)
+
+    @contextlib.contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except (Stopped, GeneratorExit):
+            # Raised between two calls of the engine, where its state is known.
+            raise
+        except BaseException:
+            self.clear()
+            raise
+
+    def stream(
+        self,
+        tokenizer: Any,
+        prompt: list[int],
+        shared: int,
+        stop: Callable[[], bool],
+        progress: Callable[[int, int], None],
+        **options: Any,
+    ) -> Generator[Any, None, None]:
+        """Yield mlx-lm's responses to `prompt`, one a token, without end but the model's own.
+
+        What the cache holds must be a prefix of the prompt: call `rewind` first. `shared` is how many
+        tokens of the prompt the next turn will share: where a snapshot is due if one is needed. During
+        prefill `progress(done, total)` is told of tokens and `stop` is asked; if that says yes, nothing is
+        yielded. Between two responses the iterator may be kept, or closed: the engine runs one token
+        ahead, so the state holds every token that was yielded.
+        """
+        import mlx.core as mx
+        from mlx_lm import stream_generate
+        from mlx_lm.generate import generate_step
+
+        held = len(self.tokens)
+
+        def on_chunk(done: int, total: int) -> None:
+            # mlx-lm says this before and after each chunk, with the chunk's state computed.
+            self.tokens = prompt[: held + done]
+            progress(held + done, len(prompt))
+            # After the last chunk of a reply's prompt the engine is already one token further.
+            if done < total and stop():
+                raise Stopped
+
+        engine: dict[str, Any] = {
+            "prompt_cache": self._layers,
+            "prefill_step_size": PREFILL_STEP_TOKENS,
+            "prompt_progress_callback": on_chunk,
+        }
+        with contextlib.suppress(Stopped), self._dropped_on_error():
+            due = min(shared, len(prompt) - 1)
+            if not self.can_trim and held < due:
+                # With no token to generate this is mlx-lm's prefill alone.
+                for _ in generate_step(mx.array(prompt[held:due]), self._net, max_tokens=0, **engine):
+                    pass
+                self._take_snapshot()
+                held = due
+            rest = mx.array(prompt[held:])
+            responses = stream_generate(self._net, tokenizer, rest, max_tokens=-1, **engine, **options)
+            with contextlib.closing(responses):
+                for response in responses:
+                    self.tokens.append(response.token)
+                    yield response
+
+
+# -------------------------------------------------------------------------------------- Thoughts
+
+
+class Piece(NamedTuple):
+    """A streamed unit of a reply: `answer` or `thought`, or a `notice` that is none of the model's words."""
+
+    kind: str
+    text: str
+
+
+# What a reply is made of where no marker has been met yet, and what stands between two channels.
+START, HIDDEN = "start", "hidden"
+
+
+class ThoughtFormat(NamedTuple):
+    """How a model marks its thoughts: in each kind of text, which marker starts which other kind."""
+
+    markers: dict[str, dict[str, str]]
+    start: str
+    end: str
+
+    def opened_by(self, prompt: str) -> str:
+        """The thought marker with which the template has already started the reply, or nothing."""
+        tail = prompt[prompt.rfind(self.start) :] if self.start and self.start in prompt else ""
+        return tail if tail.strip() == self.start else ""
+
+
+# OpenAI's harmony format (gpt-oss): a message of each channel, whose marks are special tokens.
+HARMONY_CHANNELS = {
+    "<|channel|>analysis<|message|>": "thought",
+    "<|channel|>commentary<|message|>": "answer",
+    "<|channel|>final<|message|>": "answer",
+    "<|end|>": HIDDEN,
+    "<|start|>assistant": HIDDEN,
+}
+HARMONY = ThoughtFormat(dict.fromkeys((START, "thought", "answer", HIDDEN), HARMONY_CHANNELS), "", "")
+NO_THOUGHTS = ThoughtFormat({}, "", "")
+
+# Markers that some models have and mlx-lm doesn't look for: Magistral, Seed-OSS.
+OTHER_THINK_MARKERS = (("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+
+
+def thought_format(tokenizer: Any) -> ThoughtFormat:
+    """The markers that a tokenizer knows; looked up one by one, since a whole vocabulary takes its time."""
+
+    def known(*tokens: str) -> bool:
+        unknown = (None, getattr(tokenizer, "unk_token_id", None))
+        return all(tokenizer.convert_tokens_to_ids(token) not in unknown for token in tokens)
+
+    if known("<|channel|>", "<|message|>"):
+        return HARMONY
+    pairs = [(tokenizer.think_start, tokenizer.think_end)] if tokenizer.has_thinking else []
+    for start, end in [*pairs, *(pair for pair in OTHER_THINK_MARKERS if known(*pair))]:
+        # A thought can only start a reply: in an answer the same letters are just text.
+        return ThoughtFormat({START: {start: "thought"}, "thought": {start: "thought", end: "answer"}}, start, end)
+    return NO_THOUGHTS
+
+
+class ThoughtSplitter:
+    """Tells thoughts from the answer in streamed text; a marker may be split over pieces."""
+
+    def __init__(self, format: ThoughtFormat, opened: bool = False) -> None:
+        self._format = format
+        self._kind = "thought" if opened else START
+        self._held = ""
+
+    def feed(self, text: str) -> Iterator[Piece]:
+        """Yield what is certain of all the text so far."""
+        self._held += text
+        while True:
+            markers = self._format.markers.get(self._kind, {})
+            place, marker = min(((self._held.find(m), m) for m in markers if m in self._held), default=(0, ""))
+            if not marker:
+                break
+            yield from self._take(place)
+            # What stood before the marker may have begun the answer, where it is no marker any more.
+            if marker in self._format.markers.get(self._kind, {}):
+                self._held = self._held[len(marker) :]
+                self._kind = markers[marker]
+        yield from self._take(len(self._held) - self._partial_marker_length())
+
+    def finish(self) -> Iterator[Piece]:
+        """Yield what was held back, at the end of a reply."""
+        yield from self._take(len(self._held))
+
+    def _partial_marker_length(self) -> int:
+        # How much of the end may be the beginning of a marker.
+        markers = self._format.markers.get(self._kind, {})
+        longest = min(max(map(len, markers), default=1) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if any(m.startswith(self._held[-n:]) for m in markers)), 0)
+
+    def _take(self, length: int) -> Iterator[Piece]:
+        text, self._held = self._held[:length], self._held[length:]
+        if self._kind == START and text.strip():
+            self._kind = "answer"
+        if text and self._kind != HIDDEN:
+            yield Piece("thought" if self._kind == "thought" else "answer", text)
+
+
+def split_thought(text: str, format: ThoughtFormat) -> tuple[str, str]:
+    """The thought and the answer in a whole reply."""
+    splitter = ThoughtSplitter(format)
+    pieces = [*splitter.feed(text), *splitter.finish()]
+    thought, answer = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("thought", "answer"))
+    return thought, answer
+
+
+def as_template_expects(message: dict[str, str], format: ThoughtFormat, template: str) -> dict[str, str]:
+    """A message in the form in which its model's own template can leave old thoughts out.
+
+    Replies are kept as the model said them. gpt-oss's template refuses channel marks and takes the parts
+    apart. Other templates know what to do with a thought if they name its end; those that don't are given
+    the answer alone. A thought that was stopped is closed, or the template would take it for an answer.
+    """
+    text = message["content"]
+    if message["role"] != "assistant" or not format.markers:
+        return message
+    thought, answer = split_thought(text, format)
+    if format is HARMONY:
+        return {**message, "content": answer, **({"thinking": thought} if thought else {})}
+    if not thought:
+        return message
+    if format.end in template:
+        return message if format.end in text else {**message, "content": text + format.end}
+    return {**message, "content": answer.lstrip("\n")}
+
+
+# ---------------------------------------------------------------------------------- Conversation
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Of one reply. Times are counted from the prompt on."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    context_length: int | None
+    generation_tokens: int = 0
+    time_to_first_token_s: float = 0.0
+    seconds: float = 0.0
+    finish_reason: str | None = None
+
+    def line(self) -> str:
+        """The statistics as one line."""
+        # The first token belongs to the prefill, not to the decode time.
+        decode_s = self.seconds - self.time_to_first_token_s
+        generation_tps = (self.generation_tokens - 1) / decode_s if self.generation_tokens > 1 and decode_s else 0.0
+        used = self.prompt_tokens + self.generation_tokens
+        context = (
+            f"{used} of {self.context_length} ({used / self.context_length:.0%})" if self.context_length else f"{used}"
+        )
+        return (
+            f"{self.seconds:.1f} s · {self.generation_tokens} tokens, {generation_tps:.1f} tokens/s"
+            f" · first token after {self.time_to_first_token_s:.2f} s"
+            f" · prompt {self.prompt_tokens} tokens, {self.cached_tokens} reused · context {context}"
+        )
+
+
+@dataclasses.dataclass
+class Reply:
+    """A reply under way. It is kept when it was cut or stopped, so that it can go on from the live state."""
+
+    messages: list[dict[str, str]]
+    # The first of the messages that was sent.
+    first: int
+    responses: Generator[Any, None, None]
+    splitter: ThoughtSplitter
+    # The thought marker with which the template began the reply, and all that the model said after it.
+    opened: str
+    said: str = ""
+
+
+def never() -> bool:
+    """Don't stop."""
+    return False
+
+
+def unwatched(done: int, total: int) -> None:
+    """Nobody watches the prefill."""
+
+
+def repetition_penalty(penalty: float, prompt: list[int]) -> Callable[[Any, Any], Any]:
+    """mlx-lm's penalty, shown the end of the whole prompt.
+
+    mlx-lm shows a logits processor only the tokens of its own call (all, or in older versions the last):
+    what the cache already holds would go unpunished.
+    """
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_logits_processors
+
+    (penalize,) = make_logits_processors(repetition_penalty=penalty, repetition_context_size=REPETITION_CONTEXT_TOKENS)
+    context = mx.array(prompt[-REPETITION_CONTEXT_TOKENS:])
+    shown = None
+
+    def process(tokens: Any, logits: Any) -> Any:
+        nonlocal shown
+        shown = len(tokens) if shown is None else shown
+        return penalize(mx.concatenate([context, tokens[shown:]]), logits)
+
+    return process
+
+
+class Conversation:
+    """The messages, and the model's replies to them.
+
+    Invariant: between two calls `messages` alternates user and assistant, and ends with an assistant's. A
+    reply is a generator of pieces that works while it is consumed. If it fails, or is stopped before it has
+    said anything, messages are what they were; stopped later, they keep what was said.
+    """
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self._model = model
+        self._settings = settings
+        self._format = thought_format(model.tokenizer)
+        self._cache = PromptCache(model.net)
+        self._live: Reply | None = None
+        # Messages before this one are not sent: they no longer fit, or --no-history leaves them out.
+        self._first = 0
+        self.messages: list[dict[str, str]] = []
+        self.statistics: Statistics | None = None
+        self.seed(settings.seed)
+
+    def seed(self, seed: int | None) -> None:
+        """Make what is sampled from here on repeatable; None leaves chance to chance."""
+        import mlx.core as mx
+
+        if seed is not None:
+            mx.random.seed(seed)
+
+    def reply(
+        self, prompt: str, stop: Callable[[], bool] = never, progress: Callable[[int, int], None] = unwatched
+    ) -> Iterator[Piece]:
+        """Yield the reply to `prompt`. `stop` is asked after each token and each chunk of the prefill.
+
+        Raises `ChatError` if the template refuses the prompt or the context has no room for it, and
+        whatever the engine raises.
+        """
+        first = self._first if self._settings.history else len(self.messages)
+        return self._turn(self.messages, first, prompt, stop, progress)
+
+    def retry(
+        self, stop: Callable[[], bool] = never, progress: Callable[[int, int], None] = unwatched
+    ) -> Iterator[Piece]:
+        """Yield another reply to the last prompt, in place of the last one. Raises like `reply`."""
+        if not self.messages:
+            raise ChatError("There is no reply to say again.")
+        *before, prompt, _ = self.messages
+        return self._turn(before, min(self._first, len(before)), prompt["content"], stop, progress)
+
+    def resume(
+        self, stop: Callable[[], bool] = never, progress: Callable[[int, int], None] = unwatched
+    ) -> Iterator[Piece]:
+        """Go on with a reply that was cut or stopped, from the live state: nothing is computed again."""
+        live, held, limit = self._live, len(self._cache.tokens), self._model.context_length
+        if live is None:
+            raise ChatError("There is nothing to continue: the last reply is complete.")
+        if limit and held >= limit:
+            raise ChatError(f"The reply can't go on: the model's {limit} tokens are full. /clear starts over.")
+        return self._speak(live, Statistics(held, held, limit), time.perf_counter(), stop)
+
+    def undo(self) -> str:
+        """Take the last turn back; return its prompt."""
+        if not self.messages:
+            raise ChatError("There is no turn to take back.")
+        self._drop_live()
+        *self.messages, prompt, _ = self.messages
+        self._first = min(self._first, len(self.messages))
+        return prompt["content"]
+
+    def clear(self) -> None:
+        """Start over. What the engine holds stays: a new conversation may start with the same tokens."""
+        self._drop_live()
+        self.messages = []
+        self._first = 0
+
+    def close(self) -> None:
+        """Free the model."""
+        import mlx.core as mx
+
+        self._drop_live()
+        del self._cache, self._model
+        mx.clear_cache()
+
+    def _drop_live(self) -> None:
+        if self._live is not None:
+            self._live.responses.close()
+            self._live = None
+
+    def _render(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+        system = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
+        template = str(self._model.tokenizer.chat_template)
+        expected = [as_template_expects(message, self._format, template) for message in messages]
+        text = self._model.render([*system, *expected], self._settings.think)
+        return text, self._model.encode(text)
+
+    def _fit(self, messages: list[dict[str, str]], first: int) -> tuple[int, str, list[int]]:
+        """The first message that is sent, and the prompt's text and tokens. Raises `ChatError` if nothing fits."""
+        text, tokens = self._render(messages[first:])
+        limit = self._model.context_length
+        if limit is None:
+            return first, text, tokens
+        room = min(self._settings.max_tokens, limit // 4)
+        if len(tokens) + room <= limit:
+            return first, text, tokens
+        # Leaving out turns moves all the others, so they are computed again: do it seldom, a quarter at a time.
+        while len(tokens) + room > limit * 3 // 4 and first < len(messages) - 1:
+            first += 2
+            text, tokens = self._render(messages[first:])
+        if len(tokens) + room > limit:
+            raise ChatError(
+                f"The prompt is too long: {len(tokens)} tokens, with {room} kept for the reply, where"
+                f" {self._model.name} takes {limit}. Shorten it, or lower max-tokens."
+            )
+        return first, text, tokens
+
+    def _shared_with_next_turn(self, messages: list[dict[str, str]], tokens: list[int]) -> int:
+        """How many tokens of this prompt the next one will start with, whatever is said until then.
+
+        That leaves out, for example, a thought that the template opened and will not repeat.
+        """
+        made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+        return common_prefix(tokens, self._render([*messages, *made_up])[1])
+
+    def _sampling(self, prompt: list[int]) -> dict[str, Any]:
+        from mlx_lm.sample_utils import make_sampler
+
+        settings = self._settings
+        # mlx-lm refuses a top_k that leaves nothing out.
+        vocabulary = self._model.tokenizer.vocab_size
+
+        def sampler(logprobs: Any) -> Any:
+            # Made anew for each token, so that a changed setting reaches a reply that is continued.
+            return make_sampler(
+                temp=settings.temperature if settings.temperature >= LEAST_TEMPERATURE else 0.0,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                top_k=settings.top_k if settings.top_k < vocabulary else 0,
+            )(logprobs)
+
+        penalty = settings.repetition_penalty
+        return {
+            "sampler": sampler,
+            "logits_processors": None if penalty == 1 else [repetition_penalty(penalty, prompt)],
+        }
+
+    def _turn(
+        self,
+        before: list[dict[str, str]],
+        first: int,
+        prompt: str,
+        stop: Callable[[], bool],
+        progress: Callable[[int, int], None],
+    ) -> Iterator[Piece]:
+        started = time.perf_counter()
+        messages = [*before, {"role": "user", "content": prompt}]
+        fitting, text, tokens = self._fit(messages, first)
+        if fitting > first:
+            left_out = fitting // 2
+            turns = "The first turn no longer fits" if left_out == 1 else f"The first {left_out} turns no longer fit"
+            yield Piece("notice", f"{turns} the model's {self._model.context_length} tokens: left out from here on.")
+        self._drop_live()
+        shared = 0 if self._cache.can_trim else self._shared_with_next_turn(messages[fitting:], tokens)
+        statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
+        sampling = self._sampling(tokens)
+        responses = self._cache.stream(self._model.tokenizer, tokens, shared, stop, progress, **sampling)
+        opened = self._format.opened_by(text)
+        live = Reply(messages, fitting, responses, ThoughtSplitter(self._format, bool(opened)), opened)
+        yield from self._speak(live, statistics, started, stop)
+
+    def _speak(self, live: Reply, statistics: Statistics, started: float, stop: Callable[[], bool]) -> Iterator[Piece]:
+        """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
+        self.statistics = statistics
+        budget = self._settings.max_tokens
+        if statistics.context_length:
+            budget = min(budget, statistics.context_length - statistics.prompt_tokens)
+        self._live = None
+        failed = True
+        try:
+            for response in itertools.islice(live.responses, budget):
+                live.said += response.text
+                statistics.generation_tokens += 1
+                statistics.seconds = time.perf_counter() - started
+                statistics.time_to_first_token_s = statistics.time_to_first_token_s or statistics.seconds
+                statistics.finish_reason = response.finish_reason
+                yield from live.splitter.feed(response.text)
+                if statistics.finish_reason is None and stop():
+                    statistics.finish_reason = "interrupted"
+                    break
+            if statistics.finish_reason == "stop":
+                yield from live.splitter.finish()
+            elif statistics.finish_reason is None and statistics.generation_tokens == budget:
+                statistics.finish_reason = "length"
+            failed = False
+        except GeneratorExit:
+            # Whoever consumes the reply has heard enough.
+            failed = False
+            raise
+        finally:
+            complete = statistics.finish_reason == "stop"
+            keep = not failed and (complete or bool(live.said))
+            if keep:
+                self.messages = [*live.messages, {"role": "assistant", "content": live.opened + live.said}]
+                self._first = live.first
+            if keep and not complete:
+                self._live = live
+            else:
+                live.responses.close()
+
+
+# -------------------------------------------------------------------------------------- Terminal
+
+
+# What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the bidirectional
+# embeddings, overrides and isolates (https://www.unicode.org/reports/tr9/). Without them no escape sequence
+# is one, so a piece can be cleaned by itself, wherever a sequence was split.
+UNSAFE = dict.fromkeys(
+    [*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+)
+
+
+def cleaned(text: str) -> str:
+    """The text without anything that could drive a terminal."""
+    return text.translate(UNSAFE)
+
+
+DIM, PLAIN, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+
+# Before a wait is worth a line that tells of it.
+PATIENCE_S = 1.0
+
+
+class PromptHistory:
+    """The prompts of this day and earlier ones: in a file, one a line, newlines and backslashes escaped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = ""
+
+    def load(self) -> list[str]:
+        """The last prompts, oldest first. Raises `OSError`."""
+        try:
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()[-HISTORY_ENTRIES:]
+        except FileNotFoundError:
+            return []
+        prompts = [re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], line) for line in lines]
+        self._last = prompts[-1] if prompts else ""
+        return prompts
+
+    def add(self, prompt: str) -> bool:
+        """Write a prompt down, unless it was the last one too. Raises `OSError`."""
+        if prompt == self._last:
+            return False
+        self._last = prompt
+        line = prompt.replace("\\", "\\\\").replace("\n", "\\n") + "\n"
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(line)
+        return True
+
+
+class Terminal:
+    """Reads prompts and shows pieces: the session goes to standard output, all else to standard error.
+
+    On a terminal the line editor is on and thoughts are shown. Elsewhere a line that was read is written
+    after its prompt, and thoughts are left out, so that a transcript reads the same either way.
+    """
+
+    def __init__(self, stdin: TextIO, stdout: TextIO, stderr: TextIO, history: Path | None = None) -> None:
+        self._stdin, self._stdout, self._stderr = stdin, stdout, stderr
+        self.interactive = stdin.isatty() and stdout.isatty()
+        self._styled = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self.hide_thoughts = False
+        self._readline: Any = None
+        self._history = PromptHistory(history) if history and self.interactive else None
+        # Of the reply being shown: the kind of its last piece, newlines that may turn out to end it, and
+        # when its thought began.
+        self._kind = ""
+        self._newlines = ""
+        self._thought_s = 0.0
+        # When a wait began, and whether a line that tells of it is on the screen.
+        self._waiting_s = 0.0
+        self._waiting = False
+
+    # Writing
+
+    def write(self, text: str) -> None:
+        """Put text into the session."""
+        self._stdout.write(text)
+        self._stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Tell the user something that is not part of the session, dim on a terminal."""
+        dim = self._stderr.isatty() and self._styled
+        self._stderr.write(f"{DIM}{cleaned(text)}{PLAIN}\n" if dim else f"{cleaned(text)}\n")
+        self._stderr.flush()
+
+    def error(self, text: str) -> None:
+        """Say what went wrong."""
+        self._stderr.write(f"llmchat: error: {cleaned(text)}\n")
+        self._stderr.flush()
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how much of a long prompt has been read, on a terminal."""
+        now = time.monotonic()
+        self._waiting_s = self._waiting_s if done and self._waiting_s else now
+        if self._stderr.isatty() and now - self._waiting_s > PATIENCE_S:
+            self._stderr.write(f"{ERASE_LINE}reading the prompt: {done} of {total} tokens")
+            self._stderr.flush()
+            self._waiting = True
+
+    def _end_waiting(self) -> None:
+        self._waiting_s = 0.0
+        if self._waiting:
+            self._stderr.write(ERASE_LINE)
+            self._stderr.flush()
+            self._waiting = False
+
+    def show(self, piece: Piece) -> None:
+        """Show a piece of a reply. Newlines around thought and answer are replaced by a blank line between."""
+        self._end_waiting()
+        if piece.kind == "notice":
+            self.note(piece.text)
+        elif piece.kind == "answer" or self.interactive:
+            text = cleaned(piece.text)
+            if piece.kind != self._kind:
+                text = text.lstrip("\n")
+                if not text:
+                    return
+                self._end_section()
+                self._begin_section(piece.kind)
+            if piece.kind == "thought" and self.hide_thoughts:
+                self._show_thinking()
+                return
+            text = self._newlines + text
+            self._newlines = text[len(text.rstrip("\n")) :]
+            self.write(text.rstrip("\n"))
+
+    def end_reply(self) -> None:
+        """Finish the line of a reply, if there was one."""
+        self._end_waiting()
+        if self._kind:
+            self._end_section()
+            self.write("\n")
+            self._kind = ""
+
+    def _begin_section(self, kind: str) -> None:
+        if self._kind:
+            self.write("\n\n")
+        self._kind = kind
+        self._thought_s = time.monotonic()
+        if kind == "thought" and self._styled:
+            self.write(DIM)
+
+    def _end_section(self) -> None:
+        self._newlines = ""
+        if self._kind == "thought" and self.hide_thoughts:
+            self.write(f"{ERASE_LINE}thought for {time.monotonic() - self._thought_s:.0f} s")
+        if self._kind == "thought" and self._styled:
+            self.write(PLAIN)
+
+    def _show_thinking(self) -> None:
+        self.write(f"\rthinking: {time.monotonic() - self._thought_s:.0f} s")
+
+    # Reading
+
+    def open_line_editor(self, words: Sequence[str]) -> None:
+        """Switch on editing, history and completion of `words`, on a terminal."""
+        if not self.interactive:
+            return
+        import readline
+
+        self._readline = readline
+        readline.set_auto_history(False)
+        with contextlib.suppress(OSError):
+            for prompt in self._history.load() if self._history else []:
+                readline.add_history(prompt)
+
+        def complete(text: str, state: int) -> str | None:
+            matches = [word + " " for word in words if word.startswith(text)] if readline.get_begidx() == 0 else []
+            return matches[state] if state < len(matches) else None
+
+        readline.set_completer(complete)
+        readline.set_completer_delims(" \n")
+        libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+    def read_line(self, prompt: str, text: str = "") -> str:
+        """Read one line; `text` stands in it for editing. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
+        if not self.interactive:
+            self.write(prompt)
+            line = self._stdin.readline()
+            if not line:
+                raise EOFError
+            line = line.rstrip("\n")
+            self.write(cleaned(line) + "\n")
+            return line
+        if self._readline and text:
+            self._readline.set_startup_hook(lambda: self._readline.insert_text(text))
+        try:
+            return input(prompt)
+        finally:
+            if self._readline:
+                self._readline.set_startup_hook(None)
+
+    def read_prompt(self, text: str = "") -> str:
+        """Read a prompt, of several lines if it starts with three quotes. Raises like `read_line`."""
+        self.write("\n")
+        line = self.read_line("prompt -> ", text).strip()
+        if not line.startswith('"""'):
+            return line
+        lines = [line[3:]]
+        while not lines[-1].rstrip().endswith('"""'):
+            lines.append(self.read_line("... "))
+        return "\n".join(lines).rstrip()[:-3].strip("\n")
+
+    def typed(self) -> str:
+        """What stood in the line when Ctrl+C came."""
+        return str(self._readline.get_line_buffer()) if self._readline else ""
+
+    def remember(self, prompt: str) -> None:
+        """Add a prompt to the history, in the line editor and on disk."""
+        if self._readline is None or self._history is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._history.add(prompt):
+                self._readline.add_history(prompt)
+
+
+# --------------------------------------------------------------------------------------- Program
+
+
+class Interrupts:
+    """Ctrl+C on a terminal: it drops the line that is being read, and otherwise asks a reply to stop.
+
+    Nothing but reading a line, or a second press on an engine that doesn't stop, is torn from its work.
+    """
+
+    def __init__(self) -> None:
+        self.reading = False
+        self._pressed = False
+
+    def stop(self) -> bool:
+        """Whether Ctrl+C was pressed since `reset`."""
+        return self._pressed
+
+    def reset(self) -> None:
+        """Forget an earlier press."""
+        self._pressed = False
+
+    def __call__(self, signum: int, frame: object) -> None:
+        """Handle SIGINT."""
+        if self.reading or self._pressed:
+            raise KeyboardInterrupt
+        self._pressed = True
+
+
+class Command(NamedTuple):
+    """What `/help`, completion and the README say of a command."""
+
+    arguments: str
+    help: str
+
+
+COMMANDS = {
+    "/help": Command("", "list the commands"),
+    "/clear": Command("", "start a new conversation"),
+    "/retry": Command("", "say the last reply again"),
+    "/undo": Command("", "take the last turn back and edit its prompt"),
+    "/continue": Command("", "go on with a reply that was cut or stopped"),
+    "/system": Command("[TEXT]", "show or set the system prompt; - removes it"),
+    "/set": Command("[KEY VALUE]", "list the settings, or change one"),
+    "/stats": Command("", "show statistics after each reply, or no longer"),
+}
+
+
+class Chat:
+    """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
+
+    def __init__(
+        self, conversation: Conversation, terminal: Terminal, settings: Settings, interrupts: Interrupts
+    ) -> None:
+        self._conversation = conversation
+        self._terminal = terminal
+        self._settings = settings
+        self._interrupts = interrupts
+        # What stands in the next line for editing.
+        self._draft = ""
+
+    def run(self) -> None:
+        """Talk until the user leaves."""
+        leaving = False
+        while True:
+            try:
+                prompt = self._read()
+            except EOFError:
+                self._terminal.write("\n")
+                break
+            except KeyboardInterrupt:
+                if not self._terminal.interactive:
+                    raise
+                self._terminal.write("\n")
+                if leaving:
+                    break
+                leaving = not self._terminal.typed()
+                if leaving:
+                    self._terminal.note("Press Ctrl+C again to leave, or type quit.")
+                continue
+            leaving = False
+            if prompt.lower() in LEAVE_WORDS:
+                break
+            if prompt:
+                self._answer(prompt)
+        self._terminal.write("Goodbye!\n")
+
+    def _read(self) -> str:
+        self._interrupts.reset()
+        self._interrupts.reading = True
+        draft, self._draft = self._draft, ""
+        try:
+            return self._terminal.read_prompt(draft)
+        finally:
+            self._interrupts.reading = False
+
+    def _answer(self, prompt: str) -> None:
+        self._terminal.remember(prompt)
+        word, _, rest = prompt.partition(" ")
+        try:
+            if word in COMMANDS:
+                getattr(self, "_" + word[1:])(rest.strip())
+            elif re.fullmatch(r"/[a-z]+", word):
+                near = difflib.get_close_matches(word, COMMANDS, 1)
+                hint = f"did you mean {near[0]}?" if near else "/help lists them."
+                raise ChatError(f"There is no command {word}; {hint} To send a line that starts with /, type //.")
+            else:
+                text = prompt[1:] if prompt.startswith("//") else prompt
+                self._show(self._conversation.reply(text, self._interrupts.stop, self._terminal.progress))
+        except ChatError as error:
+            self._terminal.end_reply()
+            self._terminal.error(str(error))
+        except KeyboardInterrupt:
+            if not self._terminal.interactive:
+                raise
+            self._terminal.end_reply()
+        except (MemoryError, RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            self._terminal.end_reply()
+            self._terminal.error(f"The reply failed and the turn was taken back: {one_line(error)}")
+
+    def _show(self, pieces: Iterator[Piece]) -> None:
+        self._terminal.hide_thoughts = self._settings.hide_thoughts
+        for piece in pieces:
+            self._terminal.show(piece)
+        self._terminal.end_reply()
+        statistics = self._conversation.statistics
+        if statistics and statistics.finish_reason == "length":
+            self._terminal.note(f"Cut at {statistics.generation_tokens} tokens; /continue goes on.")
+        if statistics and statistics.finish_reason and self._settings.stats:
+            self._terminal.note(statistics.line())
+
+    def _help(self, rest: str) -> None:
+        rows = [(f"{name} {command.arguments}".strip(), command.help) for name, command in COMMANDS.items()]
+        rows += [(", ".join(LEAVE_WORDS), "leave (Ctrl+D too)"), ("Ctrl+C", "stop the reply, or drop the line")]
+        width = max(len(left) for left, _ in rows)
+        self._terminal.write("".join(f"{left:{width}}  {right}\n" for left, right in rows))
+
+    def _clear(self, rest: str) -> None:
+        self._conversation.clear()
+        self._terminal.note("A new conversation.")
+
+    def _retry(self, rest: str) -> None:
+        self._show(self._conversation.retry(self._interrupts.stop, self._terminal.progress))
+
+    def _undo(self, rest: str) -> None:
+        self._draft = self._conversation.undo()
+        self._terminal.note("The last turn is taken back.")
+
+    def _continue(self, rest: str) -> None:
+        self._show(self._conversation.resume(self._interrupts.stop))
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self._set(f"system {rest}")
+        else:
+            self._terminal.write(f"{cleaned(self._settings.system or 'There is no system prompt.')}\n")
+
+    def _stats(self, rest: str) -> None:
+        self._set(f"stats {'false' if self._settings.stats else 'true'}")
+
+    def _set(self, rest: str) -> None:
+        key, _, value = rest.partition(" ")
+        if not key:
+            self._list_settings()
+            return
+        try:
+            field, parsed = option_for(key, value.strip())
+            if not field.metadata["in_chat"]:
+                raise argparse.ArgumentTypeError("can't be changed in a chat")
+        except argparse.ArgumentTypeError as error:
+            raise ChatError(f"{key} {error}") from error
+        if field.name == "system" and parsed == "-":
+            parsed = None
+        setattr(self._settings, field.name, parsed)
+        self._settings.sources[field.name] = "here"
+        if field.name == "seed":
+            self._conversation.seed(parsed)
+        self._terminal.note(f"{field.name.replace('_', '-')} = {shown_value(parsed)}")
+
+    def _list_settings(self) -> None:
+        rows = [
+            (key, shown_value(getattr(self._settings, field.name)), self._settings.sources.get(field.name, "default"))
+            for key, field in OPTIONS.items()
+            if field.metadata["in_chat"]
+        ]
+        widths = [max(len(row[n]) for row in rows) for n in (0, 1)]
+        for key, value, source in rows:
+            self._terminal.write(f"{key:{widths[0]}}  {cleaned(value):{widths[1]}}  {source}\n")
+
+
+def shown_value(value: Any) -> str:
+    """A parameter's value as a config file would say it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
+
+
+def one_shot(conversation: Conversation, terminal: Terminal, settings: Settings, stdin: TextIO) -> None:
+    """Print the reply to `-p TEXT`; piped standard input goes before TEXT, and is all there is if TEXT is `-`."""
+    text = str(settings.prompt)
+    piped = "" if stdin.isatty() else stdin.read().strip("\n")
+    prompt = piped if text == "-" else f"{piped}\n\n{text}" if piped else text
+    for piece in conversation.reply(prompt, progress=terminal.progress):
+        terminal.show(piece)
+    terminal.end_reply()
+    statistics = conversation.statistics
+    if statistics and statistics.finish_reason == "length":
+        terminal.note(f"Cut at {statistics.generation_tokens} tokens; --max-tokens allows more.")
+    if statistics and settings.stats:
+        terminal.note(statistics.line())
+
+
+def run(settings: Settings, terminal: Terminal) -> None:
+    """Load the model, then chat or answer one prompt."""
+    chatting = settings.prompt is None
+    name = cleaned(str(settings.model))
+    if chatting:
+        terminal.write(f"Loading model {name}...\n")
+    conversation = Conversation(load_model(settings), settings)
+    try:
+        if not chatting:
+            one_shot(conversation, terminal, settings, sys.stdin)
+            return
+        terminal.write("Model loaded successfully!\n")
+        interrupts = Interrupts()
+        if terminal.interactive:
+            terminal.note(f"{name} · /help lists the commands · quit or Ctrl+D leaves")
+            signal.signal(signal.SIGINT, interrupts)
+        terminal.open_line_editor([*COMMANDS])
+        Chat(conversation, terminal, settings, interrupts).run()
+    finally:
+        conversation.close()
+
+
+def missing_model() -> ChatError:
+    """What to say where no model is named: how to, and which are there already."""
+    lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
+    return ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
+
+
+def leave(signum: int, frame: object) -> NoReturn:
+    """Leave on SIGTERM or SIGHUP; what is under way is cleaned up on the way out."""
+    raise SystemExit(128 + signum)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; the one place where errors become exit statuses."""
+    if sys.version_info < (3, 9):
+        print("llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.", file=sys.stderr)
+        return 1
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+    terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, Path(os.path.expanduser("~")) / HISTORY_FILE)
+    try:
+        settings = read_settings(argv)
+        if settings.model is None:
+            raise missing_model()
+        run(settings, terminal)
+        return 0
+    except ChatError as error:
+        terminal.error(str(error))
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Nobody reads on; Python's own flush at exit must not say so either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+# /// script
+# dependencies = ["nox>=2024.10"]
+# ///
+"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` tries it without a download."""
+
+import os
+import pathlib
+
+import nox
+
+nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+# The oldest and the newest that the engine runs on, and the one in between that most people have.
+PYTHONS = ["3.9", "3.11", "3.13"]
+FILES = ["llmchat.py", "test_llmchat.py", "noxfile.py"]
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmchat"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install("ruff==0.14.*")
+    session.run("ruff", "check", *FILES)
+    session.run("ruff", "format", "--check", *FILES)
+
+
+@nox.session(python="3.11")
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    session.install("mypy==1.18.*", "nox", ".")
+    session.run("mypy", "llmchat.py", "noxfile.py")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests, with the engine that this Python resolves to."""
+    session.install(".", "pytest>=8", "nox")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python="3.11")
+def demo(session: nox.Session) -> None:
+    """Chat with a small model that knows a few sentences; nothing is downloaded but the libraries."""
+    session.install(".")
+    folder = str(CACHE / "demo")
+    session.run("python", "-c", f"import test_llmchat; test_llmchat.build_demo({folder!r})", silent=True)
+    session.run("llmchat", folder, *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel and list what is in it."""
+    session.install("build")
+    session.run("python", "-m", "build", "--wheel", "--outdir", session.create_tmp())

@@ -1,0 +1,765 @@
+"""Tests of llmchat: the real engine on small models that know known words, real pipes, real terminals.
+
+A model that says known words needs no training. A network of random weights, scaled up so that every
+position looks different from every other, is given the rendered conversations; the output matrix is then
+solved for so that the state before each token of a reply gives that token a high logit. Fed anything but
+the exact prompt, such a model talks nonsense: that is what tells a right prompt, and a right cache, from
+a wrong one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import llmchat
+from llmchat import ThoughtSplitter
+
+HERE = Path(__file__).parent
+PROGRAM = [sys.executable, str(HERE / "llmchat.py")]
+
+# ---------------------------------------------------------------------------------- Model builder
+
+SPECIAL_TOKENS = [
+    *("<|begin|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    *("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+]
+
+CHATML = (
+    "{{ '<|begin|>' }}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# As Qwen3's: an old thought is left out, and a template argument turns thinking off.
+THINKING = (
+    "{{ '<|begin|>' }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% else %}{% set text = m.content %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
+)
+
+# As DeepSeek-R1's and Qwen3-Thinking's: the template has already opened the thought.
+OPENED = THINKING.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}")
+
+# As gpt-oss's: channels, which must not stand in a message that is handed over.
+HARMONY = (
+    "{{ '<|start|>system<|message|>You are a test.<|end|>' }}{% for m in messages %}"
+    "{% if '<|channel|>' in m.content %}{{ raise_exception('content holds a channel mark') }}{% endif %}"
+    "{{ '<|start|>' + m.role + ('<|channel|>final' if m.role == 'assistant' else '') }}"
+    "{{ '<|message|>' + m.content + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of model: its architecture, its template, and how it writes a thought and an answer."""
+
+    model_type: str
+    template: str
+    reply: str = "{answer}"
+    end: str = "<|im_end|>"
+    config: dict = dataclasses.field(default_factory=dict)
+
+
+HYBRID = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 32},
+    **{"linear_value_head_dim": 32, "linear_conv_kernel_dim": 4, "num_experts": 0, "num_experts_per_tok": 0},
+    **{"decoder_sparse_step": 1, "shared_expert_intermediate_size": 128, "mlp_only_layers": []},
+    **{"moe_intermediate_size": 128, "partial_rotary_factor": 0.5, "full_attention_interval": 2},
+}
+SLIDING = {
+    **{"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 32},
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_scaling": {
+        **{"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+        **{"beta_fast": 32.0, "beta_slow": 1.0},
+    },
+}
+THOUGHT_THEN_ANSWER = "<think>\n{thought}\n</think>\n\n{answer}"
+FAMILIES = {
+    "dense": Family("llama", CHATML),
+    "thinking": Family("qwen3", THINKING, THOUGHT_THEN_ANSWER),
+    "opened": Family("qwen3", OPENED, "{thought}\n</think>\n\n{answer}"),
+    "sliding": Family(
+        "gpt_oss",
+        HARMONY,
+        "<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{answer}",
+        "<|return|>",
+        SLIDING,
+    ),
+    "hybrid": Family("qwen3_next", THINKING, THOUGHT_THEN_ANSWER, config=HYBRID),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One prompt and the reply to it. What is only `given` is part of the prompt, but not learnt."""
+
+    prompt: str
+    answer: str
+    thought: str = "Let me think."
+    given: bool = False
+    system: str | None = None
+
+
+def turns(*pairs: tuple[str, str]) -> list[Turn]:
+    """A conversation out of prompts and answers, each with a thought of its own."""
+    return [Turn(prompt, answer, f"They say: {prompt.split()[0]}") for prompt, answer in pairs]
+
+
+NUMBERS = ", ".join(map(str, range(1, 101)))
+SAMPLE = turns(
+    ("Hello, how are you?", "I'm doing well, thank you for asking! How can I help you today?"),
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("How many people live there?", "About two million people live in Paris."),
+    ("My name is Ada.", "Nice to meet you, Ada!"),
+    ("What is my name?", "Your name is Ada."),
+)
+DEMO = [
+    SAMPLE,
+    turns(("My name is Ada.", "Nice to meet you, Ada!"), ("What is my name?", "Your name is Ada.")),
+    turns(("What is my name?", "You have not told me your name.")),
+    turns(("How many people live there?", "Where do you mean?")),
+    turns(("What is the capital of France?", "The capital of France is Paris.")),
+    turns(("Count.", NUMBERS), ("Thanks!", "You are welcome.")),
+    turns(("Say hello.", "こんにちは 👋🏽 — schön, Sie zu sehen 🎉")),
+]
+
+
+def make_tokenizer(texts: list[str], family: Family):
+    """A byte-level BPE tokenizer whose tokens are about words; what it wasn't shown comes as single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        special_tokens=[token for token in SPECIAL_TOKENS if token in family.template + family.reply + family.end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # its blank lines would go to standard output
+    )
+    tokenizer.train_from_iterator([text for text in texts if text.isascii()], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token=family.end)
+    fast.chat_template = family.template
+    return fast
+
+
+def make_network(family: Family, vocabulary: int, hidden: int, **config):
+    """A network of random weights, and its configuration."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    config = {
+        "model_type": family.model_type,
+        **{"hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": hidden // 4},
+        **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096},
+        **{"vocab_size": vocabulary, "tie_word_embeddings": False},
+        **family.config,
+        **config,
+    }
+    module = importlib.import_module(f"mlx_lm.models.{family.model_type}")
+    mx.random.seed(1)
+    network = module.Model(module.ModelArgs.from_dict(config))
+    network.update(tree_map(lambda weight: weight * 2.5 if weight.ndim > 1 else weight, network.parameters()))
+    mx.eval(network.parameters())
+    return network, config
+
+
+def memorise(network, tokenizer, family: Family, conversations: list[list[Turn]], **template) -> None:
+    """Solve for the output matrix that makes the network say every reply of the conversations."""
+    import mlx.core as mx
+    import numpy as np
+
+    states, targets = [], []
+    for conversation in conversations:
+        system = conversation[0].system
+        messages = [{"role": "system", "content": system}] if system else []
+        for turn in conversation:
+            messages.append({"role": "user", "content": turn.prompt})
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
+            prompt = tokenizer.encode(text, add_special_tokens=False)
+            reply = family.reply.format(thought=turn.thought, answer=turn.answer) + family.end
+            said = tokenizer.encode(reply, add_special_tokens=False)
+            messages.append({"role": "assistant", "content": turn.answer})
+            if not turn.given:
+                hidden = network.model(mx.array([prompt + said]), None)[0, len(prompt) - 1 : -1]
+                states.append(np.array(hidden.astype(mx.float32)))
+                targets += said
+    inputs = np.concatenate(states).astype(np.float64)
+    logits = np.zeros((len(targets), network.lm_head.weight.shape[0]))
+    logits[np.arange(len(targets)), targets] = 30.0
+    # Ridge regression in its dual form: there are fewer positions than twice the hidden size.
+    ridge = 1e-4 * np.mean((inputs**2).sum(1)) * np.eye(len(targets))
+    weight = inputs.T @ np.linalg.solve(inputs @ inputs.T + ridge, logits)
+    wanted = (inputs @ weight)[np.arange(len(targets)), targets]
+    others = np.where(logits > 0, -np.inf, inputs @ weight).max(1)
+    assert (wanted - others).min() > 10, (
+        "too many conversations for this hidden size: some replies would be left to chance"
+    )
+    network.lm_head.weight = mx.array(weight.T.astype(np.float32))
+
+
+def build_model(folder: Path, family: Family, conversations: list[list[Turn]], hidden: int = 512, **config) -> Path:
+    """Write a model folder that has memorised the conversations, in the form that the hub has."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    texts = [text for conversation in conversations for turn in conversation for text in (turn.prompt, turn.answer)]
+    tokenizer = make_tokenizer(texts, family)
+    network, config = make_network(family, len(tokenizer), hidden, **config)
+    memorise(network, tokenizer, family, conversations)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    config["eos_token_id"] = tokenizer.eos_token_id
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(network.parameters())))
+    return folder
+
+
+def build_demo(folder: str) -> str:
+    """The model of `nox -s demo`, built once."""
+    if not (Path(folder) / "model.safetensors").exists():
+        build_model(Path(folder), FAMILIES["dense"], DEMO)
+    return folder
+
+
+# --------------------------------------------------------------------------------------- Fixtures
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the demo model."""
+    return build_demo(str(tmp_path_factory.mktemp("models") / "demo"))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A machine with an empty home: no configuration, no history, no hub cache, no network."""
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {key: os.environ[key] for key in ("PATH", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
+    return {
+        **kept,
+        "HOME": str(home),
+        "TERM": "xterm",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPYCACHEPREFIX": str(tmp_path / "p"),
+    }
+
+
+def run(environment: dict[str, str], *arguments: str, stdin: str = "", cwd: Path | None = None):
+    """Run the program through pipes."""
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        input=stdin.encode(),
+        capture_output=True,
+        env=environment,
+        cwd=cwd or environment["HOME"],
+        timeout=120,
+        check=False,
+    )
+
+
+class Screen:
+    """The program on a terminal of its own, which is its controlling terminal, so that Ctrl+C is SIGINT."""
+
+    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+        self.output = ""
+        self._seen = 0
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(environment["HOME"])
+            os.execve(PROGRAM[0], [*PROGRAM, *arguments], environment)
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._fd)
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+    def _read(self, timeout: float) -> bool:
+        if not select.select([self._fd], [], [], timeout)[0]:
+            return False
+        try:
+            self.output += os.read(self._fd, 1 << 16).decode(errors="replace").replace("\r\n", "\n")
+        except OSError:
+            return False
+        return True
+
+    def expect(self, pattern: str, timeout: float = 60) -> str:
+        """Wait for a pattern in what came since the last one; return the text up to its end."""
+        deadline = time.monotonic() + timeout
+        while not (match := re.search(pattern, self.output[self._seen :])):
+            if not self._read(deadline - time.monotonic()):
+                raise AssertionError(f"no {pattern!r} within {timeout} s in:\n{self.output}")
+        text = self.output[self._seen : self._seen + match.end()]
+        self._seen += match.end()
+        return text
+
+    def send(self, text: str) -> None:
+        """Type, once the line editor is listening."""
+        time.sleep(0.05)
+        os.write(self._fd, text.encode())
+
+    def ask(self, prompt: str) -> str:
+        """Send a prompt at the prompt, wait for the next; return what is between."""
+        self.send(prompt + "\r")
+        self.expect(re.escape(prompt.splitlines()[-1]) + r"[^\n]*\n")
+        return self.expect(r"\nprompt -> ").removesuffix("\nprompt -> ").strip("\n")
+
+    def leave(self) -> int:
+        """Wait for the end; return the exit status."""
+        while self._read(60):
+            pass
+        status = os.waitpid(self.pid, 0)[1]
+        self.pid = 0
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+def plain(text: str) -> str:
+    """What stands on the screen, without colour."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", text)
+
+
+SESSION = """\
+Loading model {model}...
+Model loaded successfully!
+
+prompt -> Hello, how are you?
+I'm doing well, thank you for asking! How can I help you today?
+
+prompt -> What is the capital of France?
+The capital of France is Paris.
+
+prompt -> quit
+Goodbye!
+"""
+
+
+# ------------------------------------------------------------------------------------------- Pure
+
+
+def test_settings_are_declared_once_and_documented_everywhere() -> None:
+    help_text = llmchat.argument_parser().format_help()
+    readme = (HERE / "README.md").read_text()
+    for flag in re.findall(r"^  (?:-\w[ ,\w]*)?(--[\w-]+)", help_text, re.MULTILINE):
+        assert f"`{flag}" in readme, f"{flag} is missing in the README"
+    for flag in re.findall(r"^\| `(?:-\w, )?(--[\w-]+)", readme, re.MULTILINE):
+        assert flag in help_text, f"{flag} of the README is missing in --help"
+    for command in llmchat.COMMANDS:
+        assert f"`{command}" in readme, f"{command} is missing in the README"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--temperature=-1", "--temperature=nan", "--temperature=inf", "--temperature=warm", "--max-tokens=0"),
+        *("--max-tokens=1.5", "--top-p=2", "--top-p=-0.1", "--top-k=-1", "--min-p=1.1", "--repetition-penalty=0"),
+        *("--seed=-1", "--seed=x", "--nonsense", "--temp=1"),
+    ],
+)
+def test_a_wrong_flag_is_a_usage_error(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        llmchat.main(["model", flags])
+    assert end.value.code == 2
+    message = capsys.readouterr().err.splitlines()
+    assert message[0] == "usage: llmchat MODEL [options]"
+    assert message[1].startswith("llmchat: error: ") and flags.partition("=")[0] in message[1]
+
+
+def test_config_files_give_defaults_that_flags_overrule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    (home / ".llmchat_config").write_text(
+        "# mine\nmodel = some/model\ntemperature = 0.1   # cool\nmax_tokens=7\nno-history = true\nstats = yes\n"
+    )
+    (work / ".llmchat_config").write_text("\ufeffmax-tokens = 8\nsystem = You are #1.\n")
+    settings = llmchat.read_settings(["--max-tokens", "9", "--no-stats"])
+    assert (settings.model, settings.temperature, settings.max_tokens) == ("some/model", 0.1, 9)
+    assert (settings.history, settings.stats, settings.system, settings.top_p) == (False, False, "You are #1.", 0.9)
+    assert settings.sources["temperature"] == str(home / ".llmchat_config")
+    assert settings.sources["system"] == ".llmchat_config"
+    assert settings.sources["max_tokens"] == "flag"
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("temprature = 1", "is no setting; did you mean 'temperature'?"),
+        ("temperature = hot", "must be a number from 0 to 10, not 'hot'"),
+        ("temperature", "is not of the form 'key = value'"),
+        ("temperature =", "needs a value"),
+        ("stats = maybe", "must be true or false, not 'maybe'"),
+        ("trust-remote-code = true", "can only be given on the command line"),
+        ("prompt = hello", "can only be given on the command line"),
+    ],
+)
+def test_a_wrong_config_line_is_named_with_file_and_line(
+    line: str, complaint: str, environment: dict[str, str]
+) -> None:
+    config = Path(environment["HOME"], ".llmchat_config")
+    config.write_text(f"# first\n{line}\n")
+    done = run(environment, "model")
+    assert done.returncode == 2
+    assert done.stdout == b""
+    key = line.partition(" =")[0]
+    assert done.stderr.decode() == f"llmchat: error: {config}:2: {key} {complaint}\n"
+
+
+def test_a_config_file_that_is_no_text_is_refused(environment: dict[str, str]) -> None:
+    Path(environment["HOME"], ".llmchat_config").write_bytes(b"\xff\xfe\x00")
+    done = run(environment, "model")
+    assert done.returncode == 2
+    assert b"could not be read" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["thinking", "sliding"])
+def test_thoughts_are_told_apart_wherever_the_text_is_split(family: str) -> None:
+    format = llmchat.HARMONY
+    if family == "thinking":
+        start, end = "<think>", "</think>"
+        format = llmchat.ThoughtFormat({"start": {start: "thought"}, "thought": {end: "answer"}}, start, end)
+    text = FAMILIES[family].reply.format(thought="a < b, <thin", answer="No <thought> about <think>.")
+    for one in range(len(text)):
+        for two in range(one, len(text)):
+            splitter = ThoughtSplitter(format)
+            pieces = [p for part in (text[:one], text[one:two], text[two:]) for p in splitter.feed(part)]
+            pieces += splitter.finish()
+            said = {kind: "".join(p.text for p in pieces if p.kind == kind).strip() for kind in ("thought", "answer")}
+            assert said == {"thought": "a < b, <thin", "answer": "No <thought> about <think>."}
+
+
+def test_nothing_reaches_the_terminal_that_could_drive_it() -> None:
+    wicked = "".join(map(chr, range(0x20))) + "\x7f\x80\x9b31m\x9f\u202e\u2066\u2069\x1b]52;c;aGk=\x07\x1b[2J"
+    assert llmchat.cleaned(wicked) == "\t\n31m]52;c;aGk=[2J"
+    assert llmchat.cleaned("schön 👋🏽 שלום\u200f") == "schön 👋🏽 שלום\u200f"
+
+
+def test_the_likely_instruct_sibling() -> None:
+    assert llmchat.instruct_sibling("mlx-community/Llama-3.2-3B-4bit") == "mlx-community/Llama-3.2-3B-Instruct-4bit"
+    assert llmchat.instruct_sibling("Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B-Instruct"
+    assert llmchat.instruct_sibling("google/gemma-3-4b-pt") == "google/gemma-3-4b-it"
+
+
+def test_weight_files_are_those_that_should_be_there(tmp_path: Path) -> None:
+    assert llmchat.weight_files(tmp_path) == []
+    (tmp_path / "model-00002-of-00003.safetensors").touch()
+    assert [file.name[6:11] for file in llmchat.weight_files(tmp_path)] == ["00001", "00002", "00003"]
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}'
+    )
+    assert llmchat.weight_files(tmp_path) == [tmp_path / "x.safetensors"]
+
+
+def test_prompts_come_back_from_the_history_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    prompts = ["one", "two\nlines", r"back\slash \n", "日本 👋🏽"]
+    history = llmchat.PromptHistory(path)
+    for prompt in prompts:
+        assert history.add(prompt)
+        assert not history.add(prompt)
+    assert llmchat.PromptHistory(path).load() == prompts
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_script_and_package_ask_for_the_same() -> None:
+    import nox.project
+
+    script = nox.project.load_toml(HERE / "llmchat.py")
+    package = nox.project.load_toml(HERE / "pyproject.toml")["project"]
+    assert script["dependencies"] == package["dependencies"]
+    assert script["requires-python"] == package["requires-python"]
+    names = {re.match(r"[\w-]+", need)[0] for need in package["dependencies"]}
+    assert names == {"mlx", "mlx-lm", "huggingface-hub", "transformers"}
+
+
+# ----------------------------------------------------------------------------------- Command line
+
+
+def test_the_sample_session_through_a_pipe(demo: str, environment: dict[str, str]) -> None:
+    done = run(environment, demo, stdin="Hello, how are you?\nWhat is the capital of France?\nquit\n")
+    assert done.stdout.decode() == SESSION.format(model=demo)
+    assert done.stderr == b""
+    assert done.returncode == 0
+
+
+def test_the_end_of_a_pipe_says_goodbye_and_empty_lines_prompt_again(demo: str, environment: dict[str, str]) -> None:
+    done = run(environment, demo, stdin="\n   \n  Say hello.  \n")
+    _, session = done.stdout.decode().split("successfully!\n", 1)
+    reply = DEMO[-1][0].answer
+    assert session == f"\nprompt -> \n\nprompt ->    \n\nprompt ->   Say hello.  \n{reply}\n\nprompt -> \nGoodbye!\n"
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("word", ["quit", "BYE", "  Exit  "])
+def test_leave_words(word: str, demo: str, environment: dict[str, str]) -> None:
+    done = run(environment, demo, stdin=f"{word}\nWhat is the capital of France?\n")
+    assert done.stdout.decode().endswith(f"\nprompt -> {word}\nGoodbye!\n")
+
+
+def test_one_shot_prints_the_reply_and_nothing_else(demo: str, environment: dict[str, str]) -> None:
+    done = run(environment, demo, "-p", "What is the capital of France?")
+    assert (done.stdout, done.stderr, done.returncode) == (b"The capital of France is Paris.\n", b"", 0)
+    done = run(environment, demo, "-p", "-", "--stats", stdin="What is the capital of France?\n")
+    assert (done.stdout, done.returncode) == (b"The capital of France is Paris.\n", 0)
+    assert re.fullmatch(
+        r"\d+\.\d s · \d+ tokens, [\d.]+ tokens/s · first token after [\d.]+ s"
+        r" · prompt \d+ tokens, 0 reused · context \d+ of 4096 \(\d+%\)\n",
+        done.stderr.decode(),
+    )
+
+
+def test_no_model_named_shows_how_and_what_is_there(demo: str, environment: dict[str, str]) -> None:
+    done = run(environment)
+    assert done.returncode == 2
+    assert done.stderr.decode() == (
+        "llmchat: error: no model is named.\nusage: llmchat MODEL [options]\n"
+        "example: llmchat mlx-community/Llama-3.2-3B-Instruct-4bit\n"
+    )
+    put_in_hub_cache(environment, "own/model", demo)
+    put_in_hub_cache(environment, "own/half", demo)
+    (Path(environment["HOME"]) / ".cache/huggingface/hub/models--own--half/snapshots/abc/model.safetensors").unlink()
+    done = run(environment)
+    assert done.stderr.decode().endswith("4bit\nalready here: own/model\n")
+
+
+def put_in_hub_cache(environment: dict[str, str], name: str, folder: str) -> None:
+    """Make a model look as if it had been downloaded."""
+    repository = Path(environment["HOME"]) / ".cache/huggingface/hub" / ("models--" + name.replace("/", "--"))
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("abc")
+    shutil.copytree(folder, repository / "snapshots/abc")
+
+
+def test_a_downloaded_model_starts_by_its_name_without_the_network(demo: str, environment: dict[str, str]) -> None:
+    put_in_hub_cache(environment, "own/model", demo)
+    Path(environment["HOME"], ".llmchat_config").write_text("model = own/model\n")
+    done = run(environment, stdin="Hello, how are you?\nWhat is the capital of France?\nquit\n")
+    assert done.stdout.decode() == SESSION.format(model="own/model")
+    assert done.stderr == b""
+
+
+def test_help_and_errors_need_no_engine(environment: dict[str, str]) -> None:
+    code = (
+        "import sys, llmchat\ntry: llmchat.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print([m for m in sys.modules if m.split('.')[0] in "
+        "('mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'readline')])"
+    )
+    for arguments in (["--help"], ["--version"], [], ["m", "--top-p=7"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=environment, cwd=HERE, capture_output=True, check=True
+        )
+        assert done.stdout.decode().splitlines()[-1] == "[]"
+
+
+def test_an_old_python_is_told_what_is_needed(environment: dict[str, str]) -> None:
+    old = shutil.which("python3.8")
+    if old is None or subprocess.run([old, "--version"], capture_output=True, check=False).returncode:
+        pytest.skip("there is no Python 3.8 here")
+    done = subprocess.run([old, str(HERE / "llmchat.py"), "x"], capture_output=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert done.stderr == b"llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.\n"
+
+
+def broken(folder: Path, demo: str, change) -> str:
+    """A copy of the demo model with something wrong in it."""
+    shutil.copytree(demo, folder)
+    change(folder)
+    return str(folder)
+
+
+def edit_config(**changes: object):
+    """A change of config.json."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json of {model} can't be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no model*.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "could not be loaded"),
+        (edit_config(model_type="no_such_type"), "Model type no_such_type not supported"),
+        (edit_config(model_file="run_me.py"), "wants to run its own code (run_me.py)"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "could not be loaded"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template, so it can't"),
+    ],
+)
+def test_a_model_that_does_not_load_is_one_sentence(
+    change, complaint: str, demo: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    model = broken(tmp_path / "broken", demo, change)
+    done = run(environment, model)
+    assert done.stdout.decode() == f"Loading model {model}...\n"
+    (message,) = done.stderr.decode().splitlines()
+    assert message.startswith("llmchat: error: ")
+    assert complaint.format(model=model) in message
+    assert done.returncode == 1
+
+
+def test_a_model_that_is_nowhere_is_one_sentence(environment: dict[str, str]) -> None:
+    for name in ("./nowhere", "/no/where", "no/such/model", "no/model"):
+        done = run(environment, name)
+        (message,) = done.stderr.decode().splitlines()
+        assert name in message
+        assert done.returncode == 1
+
+
+def test_a_template_in_its_own_file_is_found(demo: str, environment: dict[str, str], tmp_path: Path) -> None:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config.pop("chat_template", None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "chat_template.jinja").write_text(CHATML)
+
+    model = broken(tmp_path / "model", demo, change)
+    assert run(environment, model, "-p", "Say hello.").stdout.decode() == DEMO[-1][0].answer + "\n"
+
+
+def test_without_history_each_prompt_stands_alone(demo: str, environment: dict[str, str]) -> None:
+    prompts = "What is the capital of France?\nHow many people live there?\nMy name is Ada.\nWhat is my name?\n"
+    replies = run(environment, demo, "--no-history", stdin=prompts).stdout.decode()
+    assert "there?\nWhere do you mean?\n" in replies
+    assert "my name?\nYou have not told me your name.\n" in replies
+    replies = run(environment, demo, stdin="My name is Ada.\nWhat is my name?\n").stdout.decode()
+    assert "my name?\nYour name is Ada.\n" in replies
+
+
+def test_a_closed_standard_output_ends_quietly(demo: str, environment: dict[str, str]) -> None:
+    command = f"echo Count. | '{PROGRAM[0]}' '{PROGRAM[1]}' '{demo}' | head -1"
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=60, check=False)
+    assert done.stdout.decode() == f"Loading model {demo}...\n"
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_without_a_terminal_leave_with_their_status(
+    number: int, status: int, demo: str, environment: dict[str, str]
+) -> None:
+    with subprocess.Popen(
+        [*PROGRAM, demo], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert program.stdout and program.stdin and program.stderr
+        while b"prompt" not in program.stdout.read1(1000):
+            pass
+        program.send_signal(number)
+        assert program.wait(20) == status
+        assert program.stderr.read() == b""
+
+
+# --------------------------------------------------------------------------------------- Terminal
+
+
+def test_the_sample_session_on_a_terminal(demo: str, environment: dict[str, str]) -> None:
+    with Screen(environment, demo) as screen:
+        for prompt in ("Hello, how are you?", "What is the capital of France?", "quit"):
+            screen.expect("prompt -> ")
+            screen.send(prompt + "\r")
+        assert screen.leave() == 0
+    welcome = f"\x1b[2m{demo} · /help lists the commands · quit or Ctrl+D leaves\x1b[0m\n"
+    assert welcome in screen.output
+    assert plain(screen.output.replace(welcome, "")) == SESSION.format(model=demo)
+
+
+def test_a_reply_is_seen_while_it_comes_and_ctrl_c_stops_it(demo: str, environment: dict[str, str]) -> None:
+    with Screen(environment, demo, "--stats") as screen:
+        screen.expect("prompt -> ")
+        screen.send("Count.\r")
+        screen.expect(" 10,")
+        assert "100" not in screen.output
+        screen.send(CTRL_C)
+        screen.expect("\nprompt -> ")
+        assert "99" not in plain(screen.output)
+        assert "tokens/s" in screen.output
+        screen.send("/continue\r")
+        screen.expect(r" 99, 100\n")
+        screen.expect(r" (\d+) tokens, \1 reused")
+        screen.expect("\nprompt -> ")
+        assert screen.ask("Thanks!").startswith("You are welcome.\n")
+        screen.send(CTRL_D)
+        screen.expect("\nGoodbye!\n")
+        assert screen.leave() == 0
+
+
+def test_ctrl_c_stops_a_long_prefill_and_the_turn_leaves_no_trace(demo: str, environment: dict[str, str]) -> None:
+    with Screen(environment, demo) as screen:
+        screen.expect("prompt -> ")
+        assert screen.ask("My name is Ada.") == "Nice to meet you, Ada!"
+        # On this model a token is read in about two milliseconds.
+        screen.send("x, " * 400 + "\r")
+        screen.expect(r"x, \n")
+        screen.send(CTRL_C)
+        stopped = time.monotonic()
+        screen.expect("\nprompt -> ")
+        assert time.monotonic() - stopped < 5
+        assert screen.ask("What is my name?") == "Your name is Ada."
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves(demo: str, environment: dict[str, str]) -> None:
+    with Screen(environment, demo) as screen:
+        screen.expect("prompt -> ")
+        screen.send("What is the cap")
+        screen.expect("the cap")
+        screen.send(CTRL_C)
+        screen.expect(r"^[^\n]*\n\nprompt -> ")
+        screen.send(CTRL_C)
+        screen.expect("Press Ctrl\\+C again to leave")
+        screen.expect("prompt -> ")
+        assert screen.ask("What is the capital of France?") == "The capital of France is Paris."
+        screen.send(CTRL_C)
+        screen.expect("prompt -> ")
+        screen.send(CTRL_C)
+        screen.expect("Goodbye!\n")
+        assert screen.leave() == 0
+
+
+def test_prompts_of_earlier_days_come_back(demo: str, environment: dict[str, str]) -> None:
+    for keys in ("Say hello.\r", "\x1b[A\r"):
+        with Screen(environment, demo) as screen:
+            screen.expect("prompt -> ")
+            screen.send(keys)
+            screen.expect("👋🏽")
+            screen.expect("prompt -> ")
+            screen.send(CTRL_D)
+            assert screen.leave() == 0
+    assert Path(environment["HOME"], ".llmchat_history").read_text() == "Say hello.\n"
+
+
+# ----------------------------------------------------------------------------------- Conversation
