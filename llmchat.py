@@ -46,12 +46,14 @@ import difflib
 import inspect
 import itertools
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -460,13 +462,22 @@ def download(name: str, revision: str | None) -> Path:
         raise ChatError(f"{name} could not be downloaded: {one_line(error)}") from error
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' chatter off the screen; what goes wrong comes as an exception, and is said once."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@quiet()
 def load_model(settings: Settings) -> Model:
     """Find, check and load the model. Raises `ChatError` for whatever stands in the way."""
     name = str(settings.model)
-    # Chatter of the libraries that is no news to somebody who wants to talk.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     folder = find_model(settings)
     config = read_model_config(folder, name)
     if "model_file" in config and not settings.trust_remote_code:
@@ -727,8 +738,8 @@ class ThoughtSplitter:
         yield from self._take(len(self._held) - self._partial_marker_length())
 
     def finish(self) -> Iterator[Piece]:
-        """Yield what was held back, at the end of a reply."""
-        yield from self._take(len(self._held))
+        """Yield what was held back, at the end of a reply; the beginning of a channel mark is no text."""
+        yield from self._take(0 if self._held.startswith("<|") else len(self._held))
 
     def _partial_marker_length(self) -> int:
         # How much of the end may be the beginning of a marker.
@@ -764,6 +775,8 @@ def as_template_expects(message: dict[str, str], format: ThoughtFormat, template
         return message
     thought, answer = split_thought(text, format)
     if format is HARMONY:
+        # A mark in a place of its own would make the template refuse every later turn.
+        thought, answer = (re.sub(r"<\|\w+\|>", "", part) for part in (thought, answer))
         return {**message, "content": answer, **({"thinking": thought} if thought else {})}
     if not thought:
         return message

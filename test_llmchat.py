@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 import llmchat
-from llmchat import ThoughtSplitter
+from llmchat import ChatError, Conversation, Piece, PromptCache, Settings, ThoughtSplitter
 
 HERE = Path(__file__).parent
 PROGRAM = [sys.executable, str(HERE / "llmchat.py")]
@@ -763,3 +763,294 @@ def test_prompts_of_earlier_days_come_back(demo: str, environment: dict[str, str
 
 
 # ----------------------------------------------------------------------------------- Conversation
+
+PIRATE = "You are a pirate."
+STOPPED = "1, 2, 3, 4,"
+FAMILY_CONVERSATIONS = [
+    SAMPLE,
+    turns(("Count.", ", ".join(map(str, range(1, 31)))), ("Thanks!", "You are welcome.")),
+    [Turn("Count.", STOPPED, given=True), Turn("Why did you stop?", "You pressed a key.", "So it was.")],
+    turns(
+        ("Hello, how are you?", SAMPLE[0].answer), ("My name is Ada.", "Hi Ada."), ("What is my name?", "It is Ada.")
+    ),
+    [
+        Turn("Hello, how are you?", SAMPLE[0].answer, given=True, system=PIRATE),
+        Turn("Who are you?", "A pirate, arr!", "Look at the flag."),
+    ],
+    turns(("What is my name?", "You have not told me your name.")),
+]
+
+
+class Counting:
+    """A network that counts the tokens that are put through it, and fails when it is told to."""
+
+    def __init__(self, network) -> None:
+        self._network = network
+        self.tokens = 0
+        self.fail_after: int | None = None
+
+    def __call__(self, inputs, *arguments, **keywords):
+        self.tokens += inputs.size
+        if self.fail_after is not None and self.tokens > self.fail_after:
+            self.fail_after = None
+            raise RuntimeError("[metal::malloc] Out of memory")
+        return self._network(inputs, *arguments, **keywords)
+
+    def __getattr__(self, name: str):
+        return getattr(self._network, name)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> llmchat.Model:
+    """A model of each family, loaded as the program loads it."""
+    folder = tmp_path_factory.mktemp("models") / request.param
+    build_model(folder, FAMILIES[request.param], FAMILY_CONVERSATIONS, hidden=640)
+    return dataclasses.replace(llmchat.load_model(Settings(model=str(folder))), name=request.param)
+
+
+@pytest.fixture
+def counting(family_model: llmchat.Model) -> llmchat.Model:
+    """The same, with its tokens counted."""
+    return dataclasses.replace(family_model, net=Counting(family_model.net))
+
+
+def start(model: llmchat.Model, **settings) -> Conversation:
+    return Conversation(model, Settings(model=model.name, **settings))
+
+
+def hear(speak, *arguments, until: str | None = None) -> tuple[str, str]:
+    """The thought and the answer that are said, up to where Ctrl+C comes: when it ends in `until`."""
+    said: list[Piece] = []
+
+    def text(kind: str) -> str:
+        return "".join(piece.text for piece in said if piece.kind == kind).strip()
+
+    for piece in speak(
+        *arguments, stop=lambda: until is not None and (text("answer") or text("thought")).endswith(until)
+    ):
+        said.append(piece)
+    return text("thought"), text("answer")
+
+
+def check(conversation: Conversation, *expected: Turn) -> None:
+    """Ask the prompts, and hear the replies word for word."""
+    for turn in expected:
+        thought = "" if conversation._format is llmchat.NO_THOUGHTS else turn.thought
+        assert hear(conversation.reply, turn.prompt) == (thought, turn.answer)
+        assert conversation.statistics.finish_reason == "stop"
+
+
+def prefilled(conversation: Conversation, speak, *arguments, until: str | None = None) -> int:
+    """Hear a reply; return how many tokens went through the network before its own."""
+    network = conversation._model.net
+    before = network.tokens
+    hear(speak, *arguments, until=until)
+    return network.tokens - before - conversation.statistics.generation_tokens
+
+
+def rendered(conversation: Conversation, prompt: str) -> list[int]:
+    """The tokens of the next prompt, as the template renders them."""
+    return conversation._render([*conversation.messages, {"role": "user", "content": prompt}])[1]
+
+
+@pytest.mark.parametrize("number", range(len(FAMILY_CONVERSATIONS)))
+def test_every_reply_is_word_for_word_right(number: int, family_model: llmchat.Model) -> None:
+    turns_ = [turn for turn in FAMILY_CONVERSATIONS[number] if not turn.given]
+    if len(turns_) == len(FAMILY_CONVERSATIONS[number]):
+        check(start(family_model), *turns_)
+
+
+def test_a_turn_costs_its_new_tokens(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    known: list[int] = []
+    for turn in SAMPLE:
+        prompt = rendered(conversation, turn.prompt)
+        # A thought that the template drops moves the answer, which is then read once more.
+        new = len(prompt) - llmchat.common_prefix(prompt, known)
+        assert prefilled(conversation, conversation.reply, turn.prompt) <= new + 8
+        assert conversation.statistics.cached_tokens >= len(prompt) - new - 8
+        known = conversation._cache.tokens if counting.name == "dense" else prompt
+    assert conversation.messages[-1]["content"].endswith(SAMPLE[-1].answer)
+
+
+def test_a_stopped_reply_is_kept_and_the_next_turn_is_right(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    assert hear(conversation.reply, "Count.", until="4,")[1] == STOPPED
+    assert conversation.statistics.finish_reason == "interrupted"
+    assert conversation.messages[-1]["content"].endswith(STOPPED)
+    check(conversation, FAMILY_CONVERSATIONS[2][1])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 20])
+def test_a_cut_reply_goes_on_from_the_live_state(max_tokens: int, counting: llmchat.Model) -> None:
+    count, thanks = FAMILY_CONVERSATIONS[1]
+    conversation = start(counting, max_tokens=max_tokens)
+    _, answer = hear(conversation.reply, count.prompt)
+    while conversation.statistics.finish_reason == "length":
+        network = counting.net.tokens
+        more = hear(conversation.resume)
+        assert counting.net.tokens - network == conversation.statistics.generation_tokens
+        answer += more[1] if not answer or more[1].startswith(",") else " " + more[1]
+    assert re.sub(r"\s", "", answer) == re.sub(r"\s", "", count.answer)
+    whole = FAMILIES[counting.name].reply.format(thought=count.thought, answer=count.answer)
+    assert conversation.messages[-1]["content"].endswith(whole)
+    with pytest.raises(ChatError, match="complete"):
+        conversation.resume()
+    conversation._settings.max_tokens = 512
+    check(conversation, thanks)
+
+
+def test_a_stopped_reply_goes_on(counting: llmchat.Model) -> None:
+    count, thanks = FAMILY_CONVERSATIONS[1]
+    conversation = start(counting)
+    hear(conversation.reply, count.prompt, until="4,")
+    assert prefilled(conversation, conversation.resume) == 0
+    assert conversation.messages[-1]["content"].endswith(count.answer)
+    check(conversation, thanks)
+
+
+def test_retry_says_the_last_reply_again(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    with pytest.raises(ChatError):
+        list(conversation.retry())
+    check(conversation, *SAMPLE[:2])
+    messages = conversation.messages
+    assert prefilled(conversation, conversation.retry) <= 8
+    assert conversation.messages == messages
+    assert hear(conversation.retry, until="The capital")[1] == "The capital"
+    assert hear(conversation.retry)[1] == SAMPLE[1].answer
+    check(conversation, *SAMPLE[2:])
+
+
+def test_undo_takes_the_last_turn_back(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    with pytest.raises(ChatError):
+        conversation.undo()
+    check(conversation, *SAMPLE[:2])
+    assert conversation.undo() == SAMPLE[1].prompt
+    check(conversation, *FAMILY_CONVERSATIONS[3][1:])
+    for _ in range(3):
+        conversation.undo()
+    assert conversation.messages == []
+    check(conversation, *SAMPLE)
+
+
+def test_a_new_system_prompt_and_a_new_conversation_are_right(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    check(conversation, SAMPLE[0])
+    conversation._settings.system = PIRATE
+    check(conversation, FAMILY_CONVERSATIONS[4][1])
+    conversation._settings.system = None
+    conversation.clear()
+    check(conversation, *FAMILY_CONVERSATIONS[5])
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 2])
+def test_a_turn_stopped_in_prefill_leaves_no_trace_but_its_state(chunks: int, counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    check(conversation, SAMPLE[0])
+    messages, long = conversation.messages, "word " * 300
+    asked = iter([False] * chunks + [True])
+    assert list(conversation.reply(long, stop=lambda: next(asked))) == []
+    assert conversation.messages == messages
+    assert conversation.statistics.finish_reason is None
+    if chunks == 1 and counting.name == "dense":
+        # What was read before the stop need not be read again.
+        read = len(conversation._cache.tokens)
+        assert read > llmchat.PREFILL_STEP_TOKENS
+    check(conversation, *SAMPLE[1:])
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_a_failing_engine_leaves_no_trace(when: str, counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    counting.net.fail_after = counting.net.tokens + (1 if when == "prefill" else 45)
+    with pytest.raises(RuntimeError, match="Out of memory"):
+        hear(conversation.reply, "Count.")
+    assert conversation.messages == []
+    assert conversation._cache.tokens == []
+    check(conversation, *SAMPLE[:2])
+    messages = conversation.messages
+    counting.net.fail_after = counting.net.tokens + 1
+    with pytest.raises(RuntimeError):
+        hear(conversation.retry)
+    assert conversation.messages == messages
+    check(conversation, *SAMPLE[2:])
+
+
+def test_a_reply_that_nobody_hears_out_is_kept_as_far_as_it_was_heard(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    pieces = conversation.reply(SAMPLE[0].prompt)
+    said = next(pieces).text + next(pieces).text
+    pieces.close()
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    assert said in conversation.messages[-1]["content"]
+    assert hear(conversation.retry)[1] == SAMPLE[0].answer
+
+
+def test_the_engine_holds_exactly_the_tokens_that_are_said_to_be_held(counting: llmchat.Model) -> None:
+    import mlx.core as mx
+
+    conversation = start(counting)
+    check(conversation, *SAMPLE[:2])
+    hear(conversation.reply, "Count.", until="4,")
+    hear(conversation.retry, until="7,")
+    held, layers = list(conversation._cache.tokens), conversation._cache._layers
+    fresh = PromptCache(counting.net)
+    probe = mx.array([[held[0]]])
+    counting.net(mx.array([held]), cache=fresh._layers)
+    one, other = (counting.net(probe, cache=cache)[0, -1] for cache in (layers, fresh._layers))
+    assert mx.abs(one - other).max().item() < 0.01 * mx.abs(other).max().item()
+
+
+def test_a_repetition_penalty_sees_the_same_tokens_whatever_the_cache_held() -> None:
+    import mlx.core as mx
+
+    # The engine shows all tokens of its own call, or the last one and what follows.
+    for shown in ([1, 2, 3], [3]):
+        process = llmchat.repetition_penalty(2.0, [1, 2, 3])
+        assert process(mx.array(shown), mx.ones((1, 6))).tolist() == [[1, 0.5, 0.5, 0.5, 1, 1]]
+        assert process(mx.array([*shown, 5]), mx.ones((1, 6))).tolist() == [[1, 0.5, 0.5, 0.5, 1, 0.5]]
+
+
+def test_a_reply_with_a_repetition_penalty_does_not_depend_on_the_cache(counting: llmchat.Model) -> None:
+    conversation = start(counting, repetition_penalty=10.0, temperature=0.0, max_tokens=40)
+    first = hear(conversation.reply, "Count.")
+    assert hear(conversation.retry) == first
+    conversation._cache.clear()
+    assert hear(conversation.retry) == first
+
+
+def test_thinking_is_only_switched_when_the_user_says_so(family_model: llmchat.Model) -> None:
+    conversation = start(family_model)
+    question = [{"role": "user", "content": "Hello"}]
+    by_default = family_model.render(question)
+    assert "</think>" not in by_default
+    if family_model.name in ("thinking", "hybrid"):
+        assert family_model.render(question, think=True) == by_default
+        assert family_model.render(question, think=False) == by_default + "<think>\n\n</think>\n\n"
+    assert conversation._render(question)[0] == by_default
+
+
+def test_a_thought_that_was_cut_is_closed_before_the_next_turn(family_model: llmchat.Model) -> None:
+    conversation = start(family_model)
+    hear(conversation.reply, SAMPLE[0].prompt, until="They s")
+    text = conversation._render([*conversation.messages, {"role": "user", "content": "b"}])[0]
+    if conversation._format is not llmchat.NO_THOUGHTS:
+        assert conversation.messages[-1]["content"].endswith("They s")
+        assert "They s" not in text
+
+
+def test_the_oldest_turns_are_left_out_when_the_context_is_full(counting: llmchat.Model) -> None:
+    conversation = start(dataclasses.replace(counting, context_length=160), max_tokens=32)
+    notices = []
+    for turn in SAMPLE * 2:
+        pieces = list(conversation.reply(turn.prompt))
+        assert conversation.statistics.prompt_tokens + 32 <= 160
+        notices += [piece.text for piece in pieces if piece.kind == "notice"]
+    assert notices[0].endswith("the model's 160 tokens: left out from here on.")
+    assert len(notices) < 8
+    assert len(conversation.messages) == 20
+    with pytest.raises(ChatError, match="too long"):
+        list(conversation.reply("word " * 200))
+    assert len(conversation.messages) == 20
