@@ -54,7 +54,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
@@ -99,6 +99,12 @@ def one_line(error: BaseException) -> str:
 
 
 # -------------------------------------------------------------------------------------- Settings
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """A question that names what is most like a mistyped word, or nothing."""
+    near = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def number(convert: Callable[[str], Any], low: float, high: float | None = None) -> Callable[[str], Any]:
@@ -215,8 +221,7 @@ def option_for(key: str, value: str) -> tuple[dataclasses.Field[Any], Any]:
     negated = name.startswith("no-") and name[3:] in OPTIONS and OPTIONS[name[3:]].metadata["parse"] is switch
     field = OPTIONS.get(name[3:] if negated else name)
     if field is None:
-        near = difflib.get_close_matches(name, OPTIONS, 1)
-        raise argparse.ArgumentTypeError("is no setting" + (f"; did you mean '{near[0]}'?" if near else ""))
+        raise argparse.ArgumentTypeError(f"is no setting{did_you_mean(name, OPTIONS)}")
     if not value:
         raise argparse.ArgumentTypeError("needs a value")
     parsed = field.metadata["parse"](value)
@@ -600,6 +605,11 @@ class PromptCache:
         except (Stopped, GeneratorExit):
             # Raised between two calls of the engine, where its state is known.
             raise
+        except Exception as error:
+            self.clear()
+            out_of_memory = isinstance(error, MemoryError) or re.search("memory|alloc", str(error), re.IGNORECASE)
+            help = " A shorter prompt, /clear or a smaller model takes less memory." if out_of_memory else ""
+            raise ChatError(f"The engine failed, so nothing is kept of this turn: {one_line(error)}.{help}") from error
         except BaseException:
             self.clear()
             raise
@@ -805,14 +815,13 @@ class Statistics:
         # The first token belongs to the prefill, not to the decode time.
         decode_s = self.seconds - self.time_to_first_token_s
         generation_tps = (self.generation_tokens - 1) / decode_s if self.generation_tokens > 1 and decode_s else 0.0
+        new = self.prompt_tokens - self.cached_tokens
         used = self.prompt_tokens + self.generation_tokens
-        context = (
-            f"{used} of {self.context_length} ({used / self.context_length:.0%})" if self.context_length else f"{used}"
-        )
+        context = f"{used / self.context_length:.0%} full" if self.context_length else f"{used} tokens"
         return (
             f"{self.seconds:.1f} s · {self.generation_tokens} tokens, {generation_tps:.1f} tokens/s"
-            f" · first token after {self.time_to_first_token_s:.2f} s"
-            f" · prompt {self.prompt_tokens} tokens, {self.cached_tokens} reused · context {context}"
+            f" · first after {self.time_to_first_token_s:.2f} s · prompt {new} new, {self.cached_tokens} reused"
+            f" · context {context}"
         )
 
 
@@ -892,8 +901,8 @@ class Conversation:
     ) -> Iterator[Piece]:
         """Yield the reply to `prompt`. `stop` is asked after each token and each chunk of the prefill.
 
-        Raises `ChatError` if the template refuses the prompt or the context has no room for it, and
-        whatever the engine raises.
+        Raises `ChatError` if the template refuses the prompt, the context has no room for it, or the
+        engine fails.
         """
         first = self._first if self._settings.history else len(self.messages)
         return self._turn(self.messages, first, prompt, stop, progress)
@@ -1388,9 +1397,8 @@ class Chat:
             if word in COMMANDS:
                 getattr(self, "_" + word[1:])(rest.strip())
             elif re.fullmatch(r"/[a-z]+", word):
-                near = difflib.get_close_matches(word, COMMANDS, 1)
-                hint = f"did you mean {near[0]}?" if near else "/help lists them."
-                raise ChatError(f"There is no command {word}; {hint} To send a line that starts with /, type //.")
+                hint = did_you_mean(word, COMMANDS) or "; /help lists them."
+                raise ChatError(f"There is no command {word}{hint} To send a line that starts with /, type //.")
             else:
                 text = prompt[1:] if prompt.startswith("//") else prompt
                 self._show(self._conversation.reply(text, self._interrupts.stop, self._terminal.progress))
@@ -1401,11 +1409,6 @@ class Chat:
             if not self._terminal.interactive:
                 raise
             self._terminal.end_reply()
-        except (MemoryError, RuntimeError, ValueError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            self._terminal.end_reply()
-            self._terminal.error(f"The reply failed and the turn was taken back: {one_line(error)}")
 
     def _show(self, pieces: Iterator[Piece]) -> None:
         self._terminal.hide_thoughts = self._settings.hide_thoughts

@@ -36,8 +36,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Run the tests, with the engine that this Python resolves to."""
-    session.install(".", "pytest>=8", "nox")
+    """Run the tests: on the oldest Python with the oldest libraries that are allowed, else with the newest."""
+    oldest = [need.replace(">=", "==") for need in nox.project.load_toml("pyproject.toml")["project"]["dependencies"]]
+    session.install(".", "pytest>=8", "nox", *(oldest if session.python == PYTHONS[0] else []))
     session.run("pytest", *session.posargs)
 
 

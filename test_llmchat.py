@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import os
 import pty
@@ -415,7 +416,7 @@ def test_config_files_give_defaults_that_flags_overrule(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("temprature = 1", "is no setting; did you mean 'temperature'?"),
+        ("temprature = 1", "is no setting; did you mean temperature?"),
         ("temperature = hot", "must be a number from 0 to 10, not 'hot'"),
         ("temperature", "is not of the form 'key = value'"),
         ("temperature =", "needs a value"),
@@ -533,8 +534,8 @@ def test_one_shot_prints_the_reply_and_nothing_else(demo: str, environment: dict
     done = run(environment, demo, "-p", "-", "--stats", stdin="What is the capital of France?\n")
     assert (done.stdout, done.returncode) == (b"The capital of France is Paris.\n", 0)
     assert re.fullmatch(
-        r"\d+\.\d s · \d+ tokens, [\d.]+ tokens/s · first token after [\d.]+ s"
-        r" · prompt \d+ tokens, 0 reused · context \d+ of 4096 \(\d+%\)\n",
+        r"\d+\.\d s · \d+ tokens, [\d.]+ tokens/s · first after [\d.]+ s · prompt \d+ new, 0 reused"
+        r" · context \d+% full\n",
         done.stderr.decode(),
     )
 
@@ -662,6 +663,57 @@ def test_without_history_each_prompt_stands_alone(demo: str, environment: dict[s
     assert "my name?\nYour name is Ada.\n" in replies
 
 
+def test_a_revision_is_found_in_the_cache(demo: str, environment: dict[str, str]) -> None:
+    put_in_hub_cache(environment, "own/model", demo)
+    (Path(environment["HOME"]) / ".cache/huggingface/hub/models--own--model/refs/v2").write_text("abc")
+    for revision in ("v2", "abc"):
+        done = run(environment, "own/model", "--revision", revision, "-p", "Say hello.")
+        assert done.stdout.decode() == DEMO[-1][0].answer + "\n"
+    done = run(environment, "own/model", "--revision", "v3", "-p", "Say hello.")
+    assert done.returncode == 1
+    assert len(done.stderr.decode().splitlines()) == 1
+
+
+def test_an_adapter_changes_what_the_model_says(demo: str, environment: dict[str, str], tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    lora = {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.v_proj"]}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": lora}
+    for strength, same in ((0.0, True), (1.0, False)):
+        adapter = tmp_path / f"adapter{strength}"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        name = "model.layers.{}.self_attn.v_proj.lora_{}"
+        weights = {name.format(layer, "a"): mx.ones((512, 4)) for layer in (0, 1)}
+        weights.update({name.format(layer, "b"): mx.full((4, 512), strength) for layer in (0, 1)})
+        mx.save_safetensors(str(adapter / "adapters.safetensors"), weights)
+        done = run(environment, demo, "--adapter", str(adapter), "--max-tokens", "60", "-p", "Say hello.")
+        assert (done.stdout.decode() == DEMO[-1][0].answer + "\n") is same
+        assert done.returncode == 0
+    done = run(environment, demo, "--adapter", str(tmp_path / "nowhere"), "-p", "Say hello.")
+    assert done.returncode == 1
+    assert len(done.stderr.decode().splitlines()) == 1
+
+
+def test_a_seed_makes_replies_repeatable(demo: str, environment: dict[str, str]) -> None:
+    arguments = [demo, "--temperature", "10", "--top-p", "1", "--max-tokens", "20", "-p", "Say hello."]
+    replies = [run(environment, *arguments, "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert replies[0] == replies[1] != replies[2]
+
+
+def test_the_package_holds_the_module_and_two_names_for_it() -> None:
+    from importlib.metadata import distribution
+
+    package = distribution("llmchat")
+    files = {file.name for file in package.files or [] if ".dist-info" not in str(file) and file.suffix != ".pyc"}
+    assert files == {"llmchat.py", "llmchat", "anechat"}
+    assert {entry.name: entry.value for entry in package.entry_points} == {
+        "llmchat": "llmchat:main",
+        "anechat": "llmchat:main",
+    }
+    assert package.version == llmchat.__version__
+
+
 def test_a_closed_standard_output_ends_quietly(demo: str, environment: dict[str, str]) -> None:
     command = f"echo Count. | '{PROGRAM[0]}' '{PROGRAM[1]}' '{demo}' | head -1"
     done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=60, check=False)
@@ -710,7 +762,7 @@ def test_a_reply_is_seen_while_it_comes_and_ctrl_c_stops_it(demo: str, environme
         assert "tokens/s" in screen.output
         screen.send("/continue\r")
         screen.expect(r" 99, 100\n")
-        screen.expect(r" (\d+) tokens, \1 reused")
+        screen.expect(r"prompt 0 new, \d+ reused")
         screen.expect("\nprompt -> ")
         assert screen.ask("Thanks!").startswith("You are welcome.\n")
         screen.send(CTRL_D)
@@ -965,14 +1017,14 @@ def test_a_turn_stopped_in_prefill_leaves_no_trace_but_its_state(chunks: int, co
 def test_a_failing_engine_leaves_no_trace(when: str, counting: llmchat.Model) -> None:
     conversation = start(counting)
     counting.net.fail_after = counting.net.tokens + (1 if when == "prefill" else 45)
-    with pytest.raises(RuntimeError, match="Out of memory"):
+    with pytest.raises(ChatError, match=r"Out of memory.* smaller model"):
         hear(conversation.reply, "Count.")
     assert conversation.messages == []
     assert conversation._cache.tokens == []
     check(conversation, *SAMPLE[:2])
     messages = conversation.messages
     counting.net.fail_after = counting.net.tokens + 1
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ChatError):
         hear(conversation.retry)
     assert conversation.messages == messages
     check(conversation, *SAMPLE[2:])
@@ -1054,3 +1106,18 @@ def test_the_oldest_turns_are_left_out_when_the_context_is_full(counting: llmcha
     with pytest.raises(ChatError, match="too long"):
         list(conversation.reply("word " * 200))
     assert len(conversation.messages) == 20
+
+
+def test_a_failing_turn_does_not_end_the_chat(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    check(conversation, SAMPLE[0])
+    counting.net.fail_after = counting.net.tokens + 1
+    prompts = io.StringIO("Count.\nMy name is Ada.\n/nope\n/set top-k 2000\nWhat is my name?\n")
+    stdout, stderr = io.StringIO(), io.StringIO()
+    terminal = llmchat.Terminal(prompts, stdout, stderr)
+    llmchat.Chat(conversation, terminal, conversation._settings, llmchat.Interrupts()).run()
+    failure, nope, chosen = stderr.getvalue().splitlines()
+    assert failure.startswith("llmchat: error: The engine failed, so nothing is kept of this turn: [metal::malloc]")
+    assert nope.startswith("llmchat: error: There is no command /nope;")
+    assert chosen == "top-k = 2000"
+    assert stdout.getvalue().endswith("prompt -> What is my name?\nIt is Ada.\n\nprompt -> \nGoodbye!\n")
