@@ -585,8 +585,9 @@ class PromptCache:
         surplus = len(self.tokens) - shared
         with self._dropped_on_error():
             if surplus and self.can_trim:
-                # A chunked cache may hold less than it was asked to give back.
-                trimmed: Any = trim_prompt_cache(self._layers, surplus)
+                # A chunked cache that has dropped its front can't tell which of it an earlier token would need.
+                whole = not any(getattr(leaf, "start_position", 0) for leaf in self._leaves())
+                trimmed: Any = trim_prompt_cache(self._layers, surplus) if whole else 0
                 if trimmed != surplus:
                     self.clear()
             elif surplus:
@@ -704,21 +705,24 @@ HARMONY_CHANNELS = {
 HARMONY = ThoughtFormat(dict.fromkeys((START, "thought", "answer", HIDDEN), HARMONY_CHANNELS), "", "")
 NO_THOUGHTS = ThoughtFormat({}, "", "")
 
-# Markers that some models have and mlx-lm doesn't look for: Magistral, Seed-OSS.
-OTHER_THINK_MARKERS = (("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+# Markers that not every mlx-lm looks for, of Magistral, Seed-OSS and Gemma 4, and a token that gives each away.
+OTHER_THINK_MARKERS = (
+    ("[THINK]", "[/THINK]", "[THINK]"),
+    ("<seed:think>", "</seed:think>", "<seed:think>"),
+    ("<|channel>thought", "<channel|>", "<|channel>"),
+)
 
 
 def thought_format(tokenizer: Any) -> ThoughtFormat:
     """The markers that a tokenizer knows; looked up one by one, since a whole vocabulary takes its time."""
 
-    def known(*tokens: str) -> bool:
-        unknown = (None, getattr(tokenizer, "unk_token_id", None))
-        return all(tokenizer.convert_tokens_to_ids(token) not in unknown for token in tokens)
+    def known(token: str) -> bool:
+        return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
 
-    if known("<|channel|>", "<|message|>"):
+    if known("<|channel|>") and known("<|message|>"):
         return HARMONY
-    pairs = [(tokenizer.think_start, tokenizer.think_end)] if tokenizer.has_thinking else []
-    for start, end in [*pairs, *(pair for pair in OTHER_THINK_MARKERS if known(*pair))]:
+    own = [(tokenizer.think_start, tokenizer.think_end)] if tokenizer.has_thinking else []
+    for start, end in [*own, *((start, end) for start, end, token in OTHER_THINK_MARKERS if known(token))]:
         # A thought can only start a reply: in an answer the same letters are just text.
         return ThoughtFormat({START: {start: "thought"}, "thought": {start: "thought", end: "answer"}}, start, end)
     return NO_THOUGHTS

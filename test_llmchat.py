@@ -36,7 +36,17 @@ PROGRAM = [sys.executable, str(HERE / "llmchat.py")]
 
 SPECIAL_TOKENS = [
     *("<|begin|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"),
-    *("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+    *(
+        "<|start|>",
+        "<|channel|>",
+        "<|message|>",
+        "<|end|>",
+        "<|return|>",
+        "<|channel>",
+        "<channel|>",
+        "[THINK]",
+        "[/THINK]",
+    ),
 ]
 
 CHATML = (
@@ -107,6 +117,15 @@ FAMILIES = {
         SLIDING,
     ),
     "hybrid": Family("qwen3_next", THINKING, THOUGHT_THEN_ANSWER, config=HYBRID),
+}
+
+
+# Other ways to mark a thought: Gemma 4's and Magistral's.
+MARKERS = {
+    "gemma": Family(
+        "llama", THINKING.replace("</think>", "<channel|>"), "<|channel>thought\n{thought}\n<channel|>{answer}"
+    ),
+    "magistral": Family("llama", THINKING.replace("</think>", "[/THINK]"), "[THINK]{thought}[/THINK]{answer}"),
 }
 
 
@@ -1082,6 +1101,17 @@ def test_thinking_is_only_switched_when_the_user_says_so(family_model: llmchat.M
         assert family_model.render(question, think=True) == by_default
         assert family_model.render(question, think=False) == by_default + "<think>\n\n</think>\n\n"
     assert conversation._render(question)[0] == by_default
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_thoughts_are_found_by_other_markers(name: str, tmp_path: Path) -> None:
+    build_model(tmp_path / name, MARKERS[name], [SAMPLE])
+    model = llmchat.load_model(Settings(model=str(tmp_path / name)))
+    conversation = start(dataclasses.replace(model, net=Counting(model.net)))
+    check(conversation, *SAMPLE[:2])
+    assert SAMPLE[0].thought in conversation.messages[1]["content"]
+    assert SAMPLE[0].thought not in conversation._render(conversation.messages)[0]
+    check(conversation, *SAMPLE[2:])
 
 
 def test_a_thought_that_was_cut_is_closed_before_the_next_turn(family_model: llmchat.Model) -> None:
