@@ -43,6 +43,8 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
+import fcntl
 import inspect
 import itertools
 import json
@@ -51,12 +53,14 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, Dict, NamedTuple, NoReturn, TextIO
 
 __version__ = "0.1.0"
 
@@ -82,6 +86,10 @@ EXAMPLE_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 
 
 # ---------------------------------------------------------------------------------------- Errors
+
+
+# A message of a conversation: its role and its content, and whatever else a session file says of it.
+Message = Dict[str, str]
 
 
 class ChatError(Exception):
@@ -201,6 +209,9 @@ class Settings:
     )
     hide_thoughts: bool = option(False, switch, "show that a reasoning model thinks, not what", in_chat=True)
     stats: bool = option(False, switch, "show time, tokens and cache use after each reply", in_chat=True)
+    session: str | None = option(
+        None, str, "go on with the conversation in FILE (JSON Lines), and keep it there", metavar="FILE", in_file=False
+    )
     adapter: str | None = option(None, str, "a LoRA adapter to load on top of the model", metavar="FOLDER")
     revision: str | None = option(None, str, "the branch, tag or commit of the repository", metavar="NAME")
     trust_remote_code: bool = option(False, switch, "run code that the model repository brings along", in_file=False)
@@ -396,7 +407,7 @@ class Model:
     tokenizer: Any
     context_length: int | None
 
-    def render(self, messages: list[dict[str, str]], think: bool | None = None) -> str:
+    def render(self, messages: list[Message], think: bool | None = None) -> str:
         """The chat template's text for `messages`, up to where the reply starts.
 
         Raises `ChatError` where the template does.
@@ -513,8 +524,8 @@ def load_model(settings: Settings) -> Model:
 # ---------------------------------------------------------------------------------- Prompt cache
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences start with in common."""
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many elements two sequences start with in common."""
     return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
@@ -777,7 +788,7 @@ def split_thought(text: str, format: ThoughtFormat) -> tuple[str, str]:
     return thought, answer
 
 
-def as_template_expects(message: dict[str, str], format: ThoughtFormat, template: str) -> dict[str, str]:
+def as_template_expects(message: Message, format: ThoughtFormat, template: str) -> Message:
     """A message in the form in which its model's own template can leave old thoughts out.
 
     Replies are kept as the model said them. gpt-oss's template refuses channel marks and takes the parts
@@ -833,7 +844,7 @@ class Statistics:
 class Reply:
     """A reply under way. It is kept when it was cut or stopped, so that it can go on from the live state."""
 
-    messages: list[dict[str, str]]
+    messages: list[Message]
     # The first of the messages that was sent.
     first: int
     responses: Generator[Any, None, None]
@@ -881,7 +892,7 @@ class Conversation:
     said anything, messages are what they were; stopped later, they keep what was said.
     """
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    def __init__(self, model: Model, settings: Settings, messages: Sequence[Message] = ()) -> None:
         self._model = model
         self._settings = settings
         self._format = thought_format(model.tokenizer)
@@ -889,7 +900,7 @@ class Conversation:
         self._live: Reply | None = None
         # Messages before this one are not sent: they no longer fit, or --no-history leaves them out.
         self._first = 0
-        self.messages: list[dict[str, str]] = []
+        self.messages = list(messages)
         self.statistics: Statistics | None = None
         self.seed(settings.seed)
 
@@ -959,14 +970,14 @@ class Conversation:
             self._live.responses.close()
             self._live = None
 
-    def _render(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+    def _render(self, messages: list[Message]) -> tuple[str, list[int]]:
         system = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
         template = str(self._model.tokenizer.chat_template)
         expected = [as_template_expects(message, self._format, template) for message in messages]
         text = self._model.render([*system, *expected], self._settings.think)
         return text, self._model.encode(text)
 
-    def _fit(self, messages: list[dict[str, str]], first: int) -> tuple[int, str, list[int]]:
+    def _fit(self, messages: list[Message], first: int) -> tuple[int, str, list[int]]:
         """The first message that is sent, and the prompt's text and tokens. Raises `ChatError` if nothing fits."""
         text, tokens = self._render(messages[first:])
         limit = self._model.context_length
@@ -986,7 +997,7 @@ class Conversation:
             )
         return first, text, tokens
 
-    def _shared_with_next_turn(self, messages: list[dict[str, str]], tokens: list[int]) -> int:
+    def _shared_with_next_turn(self, messages: list[Message], tokens: list[int]) -> int:
         """How many tokens of this prompt the next one will start with, whatever is said until then.
 
         That leaves out, for example, a thought that the template opened and will not repeat.
@@ -1018,7 +1029,7 @@ class Conversation:
 
     def _turn(
         self,
-        before: list[dict[str, str]],
+        before: list[Message],
         first: int,
         prompt: str,
         stop: Callable[[], bool],
@@ -1078,6 +1089,135 @@ class Conversation:
                 self._live = live
             else:
                 live.responses.close()
+
+
+# --------------------------------------------------------------------------------------- Session
+
+
+def as_line(message: Message) -> bytes:
+    """A message as a line of JSON Lines."""
+    return json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def parse_message(line: bytes, before: Sequence[Message]) -> Message:
+    """The message in a line of a session, with whatever further keys it has. Raises `ValueError`."""
+    message = json.loads(line)
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise ValueError("this is no message with a content")
+    allowed = ["assistant"] if before and before[-1]["role"] == "user" else ["user"] if before else ["system", "user"]
+    if message.get("role") not in allowed:
+        raise ValueError(f"the role must be {' or '.join(allowed)}")
+    return message
+
+
+def write_whole(path: Path, messages: Iterable[Message]) -> None:
+    """Write a conversation so that the file is either the old one or all of the new. Raises `OSError`."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines(map(as_line, messages))
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink()
+        raise
+
+
+def open_locked(path: Path) -> FileIO:
+    """Open or create a file that nobody else has open this way. Raises `OSError`, or `BlockingIOError` if one has."""
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+class SessionFile:
+    """A conversation on disk, one message a line, mode 0600; only one chat at a time has it.
+
+    Invariant: between calls the file holds exactly `messages`. What was taken back is cut off its end, and
+    what is new is appended and synced, so that a crash can tear nothing but the last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file, and read it. Raises `ChatError`, with the file untouched, if it is no session."""
+        self._path = path
+        self.messages: list[Message] = []
+        # Where each message's line ends, in bytes.
+        self._ends: list[int] = []
+        # What the user should know of the file.
+        self.warning = ""
+        try:
+            self._file = open_locked(path)
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(self.close)
+                self._read()
+                os.fchmod(self._file.fileno(), 0o600)
+                on_error.pop_all()
+        except BlockingIOError as error:
+            raise ChatError(f"{path} is in use by another chat: leave that one, or name another file.") from error
+        except OSError as error:
+            raise ChatError(f"{path} can't be used as a session: {error.strerror}.") from error
+
+    def close(self) -> None:
+        """Let others have the file."""
+        self._file.close()
+
+    def _read(self) -> None:
+        lines = self._file.read().splitlines(keepends=True)
+        for count, line in enumerate(lines, 1):
+            try:
+                self.messages.append(parse_message(line, self.messages))
+            except (ValueError, RecursionError) as error:
+                whole = line.endswith(b"\n") or type(error) is ValueError
+                if whole or not line.startswith(b"{"):
+                    complaint = f"{self._path} is no session of llmchat: line {count}: {one_line(error)}."
+                    raise ChatError(f"{complaint} Name another file.") from error
+                self._set_aside(lines.pop())
+        self._ends = list(itertools.accumulate(map(len, lines)))
+        if lines and not lines[-1].endswith(b"\n"):
+            self._file.write(b"\n")
+            self._ends[-1] += 1
+
+    def _set_aside(self, line: bytes) -> None:
+        aside = Path(f"{self._path}.torn")
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
+            file.write(line + b"\n")
+        self._file.seek(-len(line), os.SEEK_END)
+        self._file.truncate()
+        self.warning = f"The last line of {self._path} was torn; it is set aside in {aside}."
+
+    def save(self, messages: Sequence[Message]) -> None:
+        """Make the file hold these messages, on disk when this returns. Raises `ChatError`."""
+        same = common_prefix(messages, self.messages)
+        if same == len(messages) == len(self.messages):
+            return
+        try:
+            if self.messages and messages and not same:
+                # A new system prompt changes the first line: appending all the others again is no place to crash.
+                write_whole(self._path, messages)
+                replaced, self._file = self._file, open_locked(self._path)
+                replaced.close()
+                self._ends = list(itertools.accumulate(len(as_line(message)) for message in messages))
+            else:
+                self._replace_end(same, messages[same:])
+        except OSError as error:
+            raise ChatError(f"{self._path} could not be written: {error.strerror}. /save FILE may.") from error
+        self.messages = list(messages)
+
+    def _replace_end(self, same: int, messages: Sequence[Message]) -> None:
+        self.messages, self._ends = self.messages[:same], self._ends[:same]
+        end = self._ends[-1] if self._ends else 0
+        lines = [as_line(message) for message in messages]
+        self._file.truncate(end)
+        self._file.seek(end)
+        if self._file.write(b"".join(lines)) != sum(map(len, lines)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(self._file.fileno())
+        self._ends += list(itertools.accumulate(map(len, lines), initial=end))[1:]
 
 
 # -------------------------------------------------------------------------------------- Terminal
@@ -1309,22 +1449,28 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.reading = False
-        self._pressed = False
-
-    def stop(self) -> bool:
-        """Whether Ctrl+C was pressed since `reset`."""
-        return self._pressed
-
-    def reset(self) -> None:
-        """Forget an earlier press."""
+        self._reading = False
         self._pressed = False
 
     def __call__(self, signum: int, frame: object) -> None:
         """Handle SIGINT."""
-        if self.reading or self._pressed:
+        if self._reading or self._pressed:
             raise KeyboardInterrupt
         self._pressed = True
+
+    def stop(self) -> bool:
+        """Whether a reply is to stop."""
+        return self._pressed
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """While a line is read, Ctrl+C is raised as `KeyboardInterrupt`; an earlier press is forgotten."""
+        self._pressed = False
+        self._reading = True
+        try:
+            yield
+        finally:
+            self._reading = False
 
 
 class Command(NamedTuple):
@@ -1343,6 +1489,7 @@ COMMANDS = {
     "/system": Command("[TEXT]", "show or set the system prompt; - removes it"),
     "/set": Command("[KEY VALUE]", "list the settings, or change one"),
     "/stats": Command("", "show statistics after each reply, or no longer"),
+    "/save": Command("FILE", "write the conversation, as --session does"),
 }
 
 
@@ -1350,14 +1497,20 @@ class Chat:
     """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
 
     def __init__(
-        self, conversation: Conversation, terminal: Terminal, settings: Settings, interrupts: Interrupts
+        self,
+        conversation: Conversation,
+        terminal: Terminal,
+        settings: Settings,
+        interrupts: Interrupts,
+        session: SessionFile | None = None,
     ) -> None:
         self._conversation = conversation
         self._terminal = terminal
         self._settings = settings
         self._interrupts = interrupts
+        self._session = session
         # What stands in the next line for editing.
-        self._draft = ""
+        self.draft = ""
 
     def run(self) -> None:
         """Talk until the user leaves."""
@@ -1386,26 +1539,19 @@ class Chat:
         self._terminal.write("Goodbye!\n")
 
     def _read(self) -> str:
-        self._interrupts.reset()
-        self._interrupts.reading = True
-        draft, self._draft = self._draft, ""
-        try:
+        draft, self.draft = self.draft, ""
+        with self._interrupts.raised():
             return self._terminal.read_prompt(draft)
-        finally:
-            self._interrupts.reading = False
 
     def _answer(self, prompt: str) -> None:
         self._terminal.remember(prompt)
-        word, _, rest = prompt.partition(" ")
+        self._attempt(lambda: self._obey(prompt))
+        self._attempt(self._keep)
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        # What goes wrong is said, and the chat goes on.
         try:
-            if word in COMMANDS:
-                getattr(self, "_" + word[1:])(rest.strip())
-            elif re.fullmatch(r"/[a-z]+", word):
-                hint = did_you_mean(word, COMMANDS) or "; /help lists them."
-                raise ChatError(f"There is no command {word}{hint} To send a line that starts with /, type //.")
-            else:
-                text = prompt[1:] if prompt.startswith("//") else prompt
-                self._show(self._conversation.reply(text, self._interrupts.stop, self._terminal.progress))
+            step()
         except ChatError as error:
             self._terminal.end_reply()
             self._terminal.error(str(error))
@@ -1414,6 +1560,34 @@ class Chat:
                 raise
             self._terminal.end_reply()
 
+    def _obey(self, prompt: str) -> None:
+        word, _, rest = prompt.partition(" ")
+        if word in COMMANDS:
+            getattr(self, "_" + word[1:])(rest.strip())
+        elif re.fullmatch(r"/[a-z]+", word):
+            hint = did_you_mean(word, COMMANDS) or "; /help lists them."
+            raise ChatError(f"There is no command {word}{hint} To send a line that starts with /, type //.")
+        else:
+            text = prompt[1:] if prompt.startswith("//") else prompt
+            self._attempt(lambda: self._keep(text))
+            self._show(self._conversation.reply(text, self._interrupts.stop, self._terminal.progress))
+
+    def reply_once(self, prompt: str) -> None:
+        """Answer one prompt. Raises `ChatError`."""
+        self._keep(prompt)
+        self._show(self._conversation.reply(prompt, progress=self._terminal.progress))
+        self._keep()
+
+    def _messages(self) -> list[Message]:
+        system = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
+        return [*system, *self._conversation.messages]
+
+    def _keep(self, prompt: str | None = None) -> None:
+        # A prompt is kept before its reply comes: a crash loses only the reply.
+        asked = [] if prompt is None else [{"role": "user", "content": prompt}]
+        if self._session:
+            self._session.save([*self._messages(), *asked])
+
     def _show(self, pieces: Iterator[Piece]) -> None:
         self._terminal.hide_thoughts = self._settings.hide_thoughts
         for piece in pieces:
@@ -1421,7 +1595,8 @@ class Chat:
         self._terminal.end_reply()
         statistics = self._conversation.statistics
         if statistics and statistics.finish_reason == "length":
-            self._terminal.note(f"Cut at {statistics.generation_tokens} tokens; /continue goes on.")
+            advice = "/continue goes on" if self._settings.prompt is None else "--max-tokens allows more"
+            self._terminal.note(f"Cut at {statistics.generation_tokens} tokens; {advice}.")
         if statistics and statistics.finish_reason and self._settings.stats:
             self._terminal.note(statistics.line())
 
@@ -1439,7 +1614,7 @@ class Chat:
         self._show(self._conversation.retry(self._interrupts.stop, self._terminal.progress))
 
     def _undo(self, rest: str) -> None:
-        self._draft = self._conversation.undo()
+        self.draft = self._conversation.undo()
         self._terminal.note("The last turn is taken back.")
 
     def _continue(self, rest: str) -> None:
@@ -1473,6 +1648,24 @@ class Chat:
             self._conversation.seed(parsed)
         self._terminal.note(f"{field.name.replace('_', '-')} = {shown_value(parsed)}")
 
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise ChatError("/save needs the name of a file.")
+        path = Path(os.path.expanduser(rest))
+        if path.exists() and not self._may_replace(path):
+            raise ChatError(f"{path} is there already, and was not replaced.")
+        try:
+            write_whole(path, self._messages())
+        except OSError as error:
+            raise ChatError(f"{path} could not be written: {error.strerror}.") from error
+        self._terminal.note(f"{len(self._conversation.messages)} messages are in {path}.")
+
+    def _may_replace(self, path: Path) -> bool:
+        if not self._terminal.interactive:
+            return False
+        with self._interrupts.raised():
+            return self._terminal.read_line(f"Replace {cleaned(str(path))}? [y/N] ").strip().lower() in ("y", "yes")
+
     def _list_settings(self) -> None:
         rows = [
             (key, shown_value(getattr(self._settings, field.name)), self._settings.sources.get(field.name, "default"))
@@ -1491,41 +1684,60 @@ def shown_value(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def one_shot(conversation: Conversation, terminal: Terminal, settings: Settings, stdin: TextIO) -> None:
-    """Print the reply to `-p TEXT`; piped standard input goes before TEXT, and is all there is if TEXT is `-`."""
-    text = str(settings.prompt)
+def one_shot_prompt(text: str, stdin: TextIO) -> str:
+    """What `-p TEXT` sends: piped standard input goes before TEXT, and is all there is if TEXT is `-`."""
     piped = "" if stdin.isatty() else stdin.read().strip("\n")
-    prompt = piped if text == "-" else f"{piped}\n\n{text}" if piped else text
-    for piece in conversation.reply(prompt, progress=terminal.progress):
-        terminal.show(piece)
-    terminal.end_reply()
-    statistics = conversation.statistics
-    if statistics and statistics.finish_reason == "length":
-        terminal.note(f"Cut at {statistics.generation_tokens} tokens; --max-tokens allows more.")
-    if statistics and settings.stats:
-        terminal.note(statistics.line())
+    if text == "-":
+        return piped
+    return f"{piped}\n\n{text}" if piped else text
+
+
+def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message], str]:
+    """The session file, the turns in it, and a last prompt that is still without its reply.
+
+    The system prompt comes from the file unless one was given. Raises `ChatError`.
+    """
+    if settings.session is None:
+        return None, [], ""
+    session = SessionFile(Path(os.path.expanduser(settings.session)))
+    messages = list(session.messages)
+    draft = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else ""
+    if messages and messages[0]["role"] == "system":
+        settings.system = settings.system or messages[0]["content"]
+        del messages[0]
+    return session, messages, draft
 
 
 def run(settings: Settings, terminal: Terminal) -> None:
-    """Load the model, then chat or answer one prompt."""
-    chatting = settings.prompt is None
+    """Load the model, then chat or answer one prompt. Raises `ChatError`."""
     name = cleaned(str(settings.model))
-    if chatting:
+    if settings.prompt is None:
         terminal.write(f"Loading model {name}...\n")
-    conversation = Conversation(load_model(settings), settings)
+    session, messages, draft = open_session(settings)
+    if session and session.warning:
+        terminal.note(session.warning)
+    conversation = Conversation(load_model(settings), settings, messages)
+    interrupts = Interrupts()
+    chat = Chat(conversation, terminal, settings, interrupts, session)
+    chat.draft = draft
     try:
-        if not chatting:
-            one_shot(conversation, terminal, settings, sys.stdin)
+        if settings.prompt is not None:
+            chat.reply_once(one_shot_prompt(settings.prompt, sys.stdin))
             return
         terminal.write("Model loaded successfully!\n")
-        interrupts = Interrupts()
         if terminal.interactive:
             terminal.note(f"{name} · /help lists the commands · quit or Ctrl+D leaves")
             signal.signal(signal.SIGINT, interrupts)
+        if messages:
+            terminal.note(f"Going on with {len(messages) // 2} turns of {settings.session}.")
+        if draft and not terminal.interactive:
+            terminal.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
         terminal.open_line_editor([*COMMANDS])
-        Chat(conversation, terminal, settings, interrupts).run()
+        chat.run()
     finally:
         conversation.close()
+        if session:
+            session.close()
 
 
 def missing_model() -> ChatError:

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pty
+import random
 import re
 import select
 import shutil
@@ -1151,3 +1152,164 @@ def test_a_failing_turn_does_not_end_the_chat(counting: llmchat.Model) -> None:
     assert nope.startswith("llmchat: error: There is no command /nope;")
     assert chosen == "top-k = 2000"
     assert stdout.getvalue().endswith("prompt -> What is my name?\nIt is Ada.\n\nprompt -> \nGoodbye!\n")
+
+
+# ---------------------------------------------------------------------------------------- Session
+
+HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! 👋🏽\n<think>"}]
+BYE = [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "\u0085\u2028 See you."}]
+
+
+def reread(path: Path) -> list[dict[str, str]]:
+    """What a session file holds for whoever opens it next."""
+    session = llmchat.SessionFile(path)
+    session.close()
+    return session.messages
+
+
+def test_a_session_file_holds_what_was_saved_last(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    session = llmchat.SessionFile(path)
+    system = [{"role": "system", "content": "Be brief."}]
+    for messages in (
+        HELLO[:1],
+        HELLO,
+        [*HELLO, *BYE],
+        HELLO,
+        HELLO,
+        [*system, *HELLO],
+        [*system, *HELLO, *BYE],
+        [],
+        BYE,
+    ):
+        session.save(messages)
+        assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == messages
+    with pytest.raises(ChatError, match="in use by another chat"):
+        llmchat.SessionFile(path)
+    session.close()
+    assert reread(path) == BYE
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_session_of_other_hands_is_kept_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    theirs = '{"content":"Hello",  "role":"user", "at": 5}\n{"role": "assistant", "content": "Hi"}'
+    path.write_text(theirs)
+    session = llmchat.SessionFile(path)
+    session.save([*session.messages, *BYE])
+    assert path.read_text().startswith(theirs + "\n")
+    assert session.messages[0]["at"] == 5
+    session.close()
+    assert reread(path)[2:] == BYE
+
+
+def test_a_torn_last_line_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    whole = b"".join(map(llmchat.as_line, [*HELLO, *BYE]))
+    third = len(whole) - len(llmchat.as_line(BYE[1]))
+    for end in range(third + 1, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        session = llmchat.SessionFile(path)
+        assert session.messages == [*HELLO, BYE[0]]
+        assert path.read_bytes() == whole[:third]
+        assert "torn" in session.warning
+        session.close()
+    aside = tmp_path / "session.torn"
+    assert aside.read_bytes().startswith(whole[third : third + 1] + b"\n" + whole[third : third + 2] + b"\n")
+    assert aside.stat().st_mode & 0o777 == 0o600
+    path.write_bytes(whole[:-1])
+    assert reread(path) == [*HELLO, *BYE]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"hello", b"hello\n", b"{\n}\n", b"{}", b"[1]", b"\x00" * 9, b"\xff\xfe\n", b"[" * 99999),
+        *(b'{"role": "tool", "content": "x"}\n', b'{"role": "user", "content": 5}\n', b'{"role": "user"}\n{'),
+        llmchat.as_line(HELLO[1]),
+        llmchat.as_line(HELLO[0]) * 2,
+        llmchat.as_line(HELLO[0]) + b"\n" + llmchat.as_line(HELLO[1]),
+    ],
+)
+def test_what_is_no_session_is_refused_untouched(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    path.write_bytes(content)
+    with pytest.raises(ChatError, match="is no session of llmchat: line"):
+        llmchat.SessionFile(path)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_session_that_can_not_be_a_file_is_one_sentence(environment: dict[str, str]) -> None:
+    for name in ("/", "no/such/folder/file"):
+        done = run(environment, "some/model", "--session", name)
+        assert done.returncode == 1
+        assert re.fullmatch(rf"llmchat: error: {name} can't be used as a session: .*\.\n", done.stderr.decode())
+
+
+def save_until_killed(path: Path, acknowledge: int) -> None:
+    """Talk into a session file, telling how many messages are saved; with now and then one taken back."""
+    session = llmchat.SessionFile(path)
+    for _ in range(10_000):
+        count = len(session.messages)
+        message = {"role": "assistant" if count % 2 else "user", "content": f"{count} " + "x" * 5000}
+        session.save([*session.messages, message])
+        os.write(acknowledge, len(session.messages).to_bytes(4, "big"))
+
+
+def test_a_killed_chat_loses_no_message_that_was_saved(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    for case in range(100):
+        path = tmp_path / str(case)
+        told, acknowledge = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            save_until_killed(path, acknowledge)
+        os.close(acknowledge)
+        os.read(told, 4)
+        time.sleep(chance.random() * 0.02)  # the random moment
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        acknowledged = 1
+        while number := os.read(told, 4):
+            acknowledged = int.from_bytes(number, "big")
+        os.close(told)
+        assert acknowledged <= len(reread(path)) <= acknowledged + 1
+
+
+def test_a_chat_goes_on_where_it_was_left(demo: str, environment: dict[str, str]) -> None:
+    session = Path(environment["HOME"], "chat.jsonl")
+    arguments = [demo, "--session", str(session)]
+    assert run(environment, *arguments, stdin="My name is Ada.\n").returncode == 0
+    done = run(environment, *arguments, stdin="What is my name?\n/save copy.jsonl\n/save copy.jsonl\n/undo\n")
+    assert "prompt -> What is my name?\nYour name is Ada.\n" in done.stdout.decode()
+    going_on, saved, refused, undone = done.stderr.decode().splitlines()
+    assert going_on == f"Going on with 1 turns of {session}."
+    assert saved == "4 messages are in copy.jsonl."
+    assert refused == "llmchat: error: copy.jsonl is there already, and was not replaced."
+    assert undone == "The last turn is taken back."
+    copy = Path(environment["HOME"], "copy.jsonl")
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert [message["content"] for message in reread(copy)][2:] == ["What is my name?", "Your name is Ada."]
+    assert [message["content"] for message in reread(session)] == ["My name is Ada.", "Nice to meet you, Ada!"]
+    assert run(environment, *arguments, "-p", "What is my name?").stdout == b"Your name is Ada.\n"
+    assert len(reread(session)) == 4
+
+
+def test_a_prompt_whose_reply_was_lost_waits_in_the_line(demo: str, environment: dict[str, str]) -> None:
+    session = Path(environment["HOME"], "chat.jsonl")
+    with Screen(environment, demo, "--session", str(session)) as screen:
+        screen.expect("prompt -> ")
+        screen.send("Count.\r")
+        screen.expect(" 10,")
+        os.kill(screen.pid, signal.SIGKILL)
+    assert reread(session) == [{"role": "user", "content": "Count."}]
+    with Screen(environment, demo, "--session", str(session)) as screen:
+        screen.expect("prompt -> Count.")
+        screen.send("\r")
+        screen.expect(" 100\n")
+        screen.expect("prompt -> ")
+        screen.send(CTRL_D)
+        assert screen.leave() == 0
+    assert [message["content"] for message in reread(session)] == ["Count.", NUMBERS]
