@@ -48,12 +48,10 @@ import fcntl
 import inspect
 import itertools
 import json
-import logging
 import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -77,6 +75,9 @@ LEAST_TEMPERATURE = 1e-3
 
 # mlx-lm's own default for how many last tokens a repetition penalty looks at.
 REPETITION_CONTEXT_TOKENS = 20
+
+# Linux takes no more than about this much of one wish to have a file read ahead, and forgets the rest.
+READ_AHEAD_BYTES = 1 << 21
 
 CONFIG_FILE = ".llmchat_config"
 HISTORY_FILE = ".llmchat_history"
@@ -361,17 +362,24 @@ def cached_models() -> list[str]:
 
 
 def read_ahead(files: Sequence[Path]) -> None:
-    """Read weight files into the page cache in the background, while the libraries are imported."""
+    """Have weight files read into the page cache in the background, while the libraries are imported."""
+    buffer = bytearray(READ_AHEAD_BYTES)
 
-    def read() -> None:
-        buffer = bytearray(1 << 22)
+    def ask(descriptor: int, offset: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        else:
+            # macOS has no such call: there the bytes are read, and dropped.
+            os.preadv(descriptor, [buffer], offset)
+
+    def run() -> None:
         for file in files:
             # Whatever is wrong with a file is said by the load that follows.
             with contextlib.suppress(OSError), open(file, "rb", buffering=0) as stream:
-                while stream.readinto(buffer):
-                    pass
+                for offset in range(0, os.fstat(stream.fileno()).st_size, READ_AHEAD_BYTES):
+                    ask(stream.fileno(), offset)
 
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
 
 
 def instruct_sibling(name: str) -> str:
@@ -481,6 +489,8 @@ def download(name: str, revision: str | None) -> Path:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' chatter off the screen; what goes wrong comes as an exception, and is said once."""
+    import logging
+
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -1112,6 +1122,8 @@ def parse_message(line: bytes, before: Sequence[Message]) -> Message:
 
 def write_whole(path: Path, messages: Iterable[Message]) -> None:
     """Write a conversation so that the file is either the old one or all of the new. Raises `OSError`."""
+    import tempfile
+
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -51,6 +51,13 @@ def demo(session: nox.Session) -> None:
     session.run("llmchat", folder, *session.posargs)
 
 
+@nox.session(python="3.11")
+def bench(session: nox.Session) -> None:
+    """Measure llmchat beside mlx-lm's own chat, in one table; the 600 MB model for it is built once."""
+    session.install(".", "pytest>=8")
+    session.run("python", "-c", f"import test_llmchat; test_llmchat.bench({str(CACHE / 'bench')!r})")
+
+
 @nox.session
 def build(session: nox.Session) -> None:
     """Build the wheel and list what is in it."""

@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import os
+import platform
 import pty
 import random
 import re
@@ -23,7 +24,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import distribution, version
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import pytest
 
@@ -722,8 +727,6 @@ def test_a_seed_makes_replies_repeatable(demo: str, environment: dict[str, str])
 
 
 def test_the_package_holds_the_module_and_two_names_for_it() -> None:
-    from importlib.metadata import distribution
-
     package = distribution("llmchat")
     files = {file.name for file in package.files or [] if ".dist-info" not in str(file) and file.suffix != ".pyc"}
     assert files == {"llmchat.py", "llmchat", "anechat"}
@@ -1313,3 +1316,305 @@ def test_a_prompt_whose_reply_was_lost_waits_in_the_line(demo: str, environment:
         screen.send(CTRL_D)
         assert screen.leave() == 0
     assert [message["content"] for message in reread(session)] == ["Count.", NUMBERS]
+
+
+# ------------------------------------------------------------------------------------- Benchmarks
+
+RUNS = 5
+DECODE_TOKENS = 128
+MEMORY_TOKENS = 16
+
+THINGS = ("tea", "rain", "bread", "music", "chess", "rivers", "snow", "paper", "wood", "stars")
+TALK = [Turn(f"Tell me about {thing}.", f"About {thing}: it is old and good.", "Hm.") for thing in THINGS]
+LARGE = {
+    **{"intermediate_size": 5632, "num_hidden_layers": 24},
+    **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64},
+}
+
+# The installed program, since its peer is installed too.
+INSTALLED = [sys.executable, "-m", "llmchat"]
+
+# Children that run a whole chat and say last, on standard error, how much memory MLX held at most.
+PEAK = "import mlx.core as mx, sys; main(*arguments); print(mx.get_peak_memory(), file=sys.stderr)"
+OUR_CHAT = f"import sys; from llmchat import main; arguments = [sys.argv[1:]]; {PEAK}"
+THEIR_CHAT = f"from mlx_lm.chat import main; arguments = []; {PEAK}"
+
+
+class Figure(NamedTuple):
+    """One row of the table: what was measured, beside its peer or its floor."""
+
+    name: str
+    ours: float
+    peer: float
+    unit: str
+    target: str
+    met: bool
+
+
+def at_most(limit: float, name: str, ours: float, peer: float, unit: str) -> Figure:
+    """A figure that must not exceed `limit` times its peer."""
+    return Figure(name, ours, peer, unit, f"at most {limit:.3g}", ours <= limit * peer)
+
+
+def at_least(limit: float, name: str, ours: float, peer: float, unit: str) -> Figure:
+    """A figure that must reach `limit` times its peer."""
+    return Figure(name, ours, peer, unit, f"at least {limit:.3g}", ours >= limit * peer)
+
+
+def print_table(figures: list[Figure]) -> None:
+    """Print the figures as one aligned table; a ratio is llmchat's figure over its peer's."""
+    rows = [("figure", "llmchat", "peer or floor", "ratio", "target", "met")]
+    for figure in figures:
+        ours, peer = (f"{value:.3g} {figure.unit}" for value in (figure.ours, figure.peer))
+        rows.append(
+            (figure.name, ours, peer, f"{figure.ours / figure.peer:.3f}", figure.target, "yes" if figure.met else "no")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, ours, peer, ratio, target, met in rows:
+        print(
+            f"{name:{widths[0]}}  {ours:>{widths[1]}}  {peer:>{widths[2]}}"
+            f"  {ratio:>{widths[3]}}  {target:{widths[4]}}  {met}"
+        )
+
+
+def medians(*measures: Callable[[], float]) -> list[float]:
+    """The median of each measure; they take turns, after a first round that only warms up."""
+    rounds = [[measure() for measure in measures] for _ in range(RUNS + 1)][1:]
+    return [median(column) for column in zip(*rounds)]
+
+
+def bench_environment(cache: Path) -> dict[str, str]:
+    """The machine as it is, but with an empty home, and compiled modules kept in the cache folder."""
+    (cache / "home").mkdir(parents=True, exist_ok=True)
+    slowing = ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")
+    kept = {key: value for key, value in os.environ.items() if key not in slowing}
+    mine = {"HOME": str(cache / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": str(cache / "pycache")}
+    return {**kept, **mine}
+
+
+def build_large(folder: Path) -> Path:
+    """A llama of 1.06 G random weights in 4 bits, 600 MB, written once; it is loaded, but asked nothing."""
+    import mlx.core as mx
+    from mlx import nn
+    from mlx.utils import tree_flatten
+
+    if (folder / "model.safetensors").exists():
+        return folder
+    family = FAMILIES["dense"]
+    tokenizer = make_tokenizer([turn.prompt + turn.answer for turn in TALK], family)
+    network, config = make_network(family, len(tokenizer), 2048, **LARGE)
+    network.set_dtype(mx.bfloat16)
+    nn.quantize(network, group_size=64, bits=4)
+    config.update(eos_token_id=tokenizer.eos_token_id, quantization={"group_size": 64, "bits": 4})
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(network.parameters())))
+    return folder
+
+
+def build_talking(folder: Path, name: str) -> Path:
+    """A small model of a family that has memorised the talk of ten turns, the dense one also to count; written once."""
+    if not (folder / "model.safetensors").exists():
+        count = [turns(("Count.", NUMBERS))] if name == "dense" else []
+        build_model(folder, FAMILIES[name], [TALK, *count], hidden=640)
+    return folder
+
+
+# Whole processes
+
+
+def seconds_to_exit(command: list[str], environment: dict[str, str]) -> float:
+    """How long a whole process takes."""
+    started = time.perf_counter()
+    subprocess.run(command, env=environment, cwd=environment["HOME"], capture_output=True, check=True)
+    return time.perf_counter() - started
+
+
+def seconds_to_prompt(command: list[str], environment: dict[str, str]) -> float:
+    """How long a process takes to ask for the first prompt, on a pipe."""
+    seen = b""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        cwd=environment["HOME"],
+    ) as process:
+        # llmchat's prompt, mlx-lm's as of 0.32 (a bracket), and as it was before.
+        while not re.search("prompt -> |\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}|>> ".encode(), seen):
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            assert chunk, f"{command} ended without a prompt:\n{seen.decode()}"
+            seen += chunk
+        seconds = time.perf_counter() - started
+        process.kill()
+    return seconds
+
+
+def evict(file: Path) -> None:
+    """Take a file out of the page cache."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def can_evict(file: Path) -> bool:
+    """Whether `evict` makes a file slower to read."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+
+    def seconds_to_read(prepare: Callable[[Path], object]) -> float:
+        prepare(file)
+        started = time.perf_counter()
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 22):
+                pass
+        return time.perf_counter() - started
+
+    return seconds_to_read(evict) > 1.5 * seconds_to_read(Path.stat)
+
+
+def bench_starts(cache: Path) -> list[Figure]:
+    """From the command to help, and to the first prompt."""
+    environment = bench_environment(cache)
+    model = build_large(cache / "large")
+    weights = model / "model.safetensors"
+    engine = [sys.executable, "-m", "mlx_lm", "chat"]
+    bare = [sys.executable, "-c", f"from mlx_lm import load; load({str(model)!r}); print('prompt -> ', flush=True)"]
+    commands = [[*INSTALLED, str(model)], [*engine, "--model", str(model)], bare]
+
+    def start(command: list[str], cold: bool = False) -> float:
+        if cold:
+            evict(weights)
+        return seconds_to_prompt(command, environment)
+
+    ours, chat = medians(*(lambda c=c: seconds_to_exit([*c, "--help"], environment) for c in (INSTALLED, engine)))
+    figures = [at_most(1 / 15, "--help, peer mlx_lm.chat", ours, chat, "s")]
+    ours, chat, load = medians(*(lambda c=c: start(c) for c in commands))
+    figures.append(at_most(1.0, "start to prompt, peer mlx_lm.chat", ours, chat, "s"))
+    figures.append(at_most(1.05, "start to prompt, floor mlx_lm.load", ours, load, "s"))
+    if can_evict(weights):
+        ours, chat = medians(*(lambda c=c: start(c, cold=True) for c in commands[:2]))
+        figures.append(at_most(0.85, "start, weights not in memory, peer mlx_lm.chat", ours, chat, "s"))
+    else:
+        print("Weights could not be taken out of memory here: the start from disk is left out.")
+    return figures
+
+
+def peak_memory_mb(code: str, arguments: list[str], leave_word: str, environment: dict[str, str]) -> float:
+    """The most memory, in MB, that MLX holds in a chat of three turns."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        input="\n".join([*(turn.prompt for turn in TALK[:3]), leave_word, ""]).encode(),
+        capture_output=True,
+        env=environment,
+        cwd=HERE,
+        check=True,
+    )
+    return int(done.stderr.split()[-1]) / 1e6
+
+
+def bench_memory(cache: Path) -> Figure:
+    """Peak memory of a chat."""
+    environment = bench_environment(cache)
+    model = str(build_talking(cache / "dense", "dense"))
+    length = ["--max-tokens", str(MEMORY_TOKENS)]
+    sampling = ["--temp", str(llmchat.TEMPERATURE), "--top-p", str(llmchat.TOP_P)]
+    ours, chat = medians(
+        lambda: peak_memory_mb(OUR_CHAT, [model, *length], "quit", environment),
+        lambda: peak_memory_mb(THEIR_CHAT, ["--model", model, *length, *sampling], "q", environment),
+    )
+    return at_most(1.03, "peak memory, 3 turns, peer mlx_lm.chat", ours, chat, "MB")
+
+
+# Turns
+
+
+def least_tokens(tokenizer, family: Family) -> list[int]:
+    """For each turn of the talk, the tokens of its prompt that stand in no prompt or reply before it.
+
+    Made from the template and the words alone. Where the template drops a thought, the answer after it counts.
+    """
+    least, known, messages = [], [], []
+    for turn in TALK:
+        messages.append({"role": "user", "content": turn.prompt})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        least.append(len(prompt) - llmchat.common_prefix(prompt, known))
+        said = family.reply.format(thought=turn.thought, answer=turn.answer) + family.end
+        known = prompt + tokenizer.encode(said, add_special_tokens=False)
+        messages.append({"role": "assistant", "content": turn.answer})
+    return least
+
+
+def talk(conversation: Conversation) -> Iterator[llmchat.Statistics]:
+    """Have the talk of ten turns; yield each turn's statistics."""
+    for turn in TALK:
+        pieces = [*conversation.reply(turn.prompt)]
+        answer = "".join(piece.text for piece in pieces if piece.kind == "answer").strip()
+        assert answer == turn.answer, f"the model said {answer!r}, so its state is wrong"
+        yield conversation.statistics
+
+
+def bench_tokens(cache: Path, name: str) -> Figure:
+    """Tokens put through the model before a reply, at the worst of the turns 2 to 10."""
+    model = llmchat.load_model(Settings(model=str(build_talking(cache / name, name))))
+    least = least_tokens(model.tokenizer._tokenizer, FAMILIES[name])
+    model.net = counter = Counting(model.net)
+    put, before = [], 0
+    for statistics in talk(Conversation(model, Settings())):
+        # The engine runs one token ahead: each token of the reply has been put through when it is heard.
+        put.append(counter.tokens - before - statistics.generation_tokens)
+        before = counter.tokens
+    ours, floor = max(zip(put[1:], least[1:]), key=lambda pair: pair[0] - pair[1])
+    return Figure(f"tokens put through a turn, {name}", ours, floor, "tokens", "at most 8 more", ours <= floor + 8)
+
+
+def bench_first_token(model: llmchat.Model) -> Figure:
+    """Time to first token late in a talk, against early in it."""
+    rounds = [[turn.time_to_first_token_s for turn in talk(Conversation(model, Settings()))] for _ in range(RUNS + 1)]
+    # The first round warms up.
+    early, late = (1e3 * median(times[turn - 1] for times in rounds[1:]) for turn in (2, len(TALK)))
+    return at_most(1.3, "time to first token, turn 10, peer turn 2", late, early, "ms")
+
+
+def our_decode_tps(model: llmchat.Model) -> float:
+    """Tokens/s of a reply, all that llmchat does included, from the first token on."""
+    conversation = Conversation(model, Settings(max_tokens=DECODE_TOKENS))
+    started = time.perf_counter()
+    assert "12, 13, 14" in "".join(piece.text for piece in conversation.reply("Count."))
+    seconds = time.perf_counter() - started - conversation.statistics.time_to_first_token_s
+    assert conversation.statistics.generation_tokens == DECODE_TOKENS
+    return (DECODE_TOKENS - 1) / seconds
+
+
+def bare_decode_tps(model: llmchat.Model) -> float:
+    """Tokens/s of the same reply from mlx-lm alone, from the first token on."""
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    prompt = model.encode(model.render([{"role": "user", "content": "Count."}]))
+    sampler = make_sampler(temp=llmchat.TEMPERATURE, top_p=llmchat.TOP_P)
+    responses = stream_generate(model.net, model.tokenizer, prompt, max_tokens=DECODE_TOKENS, sampler=sampler)
+    next(responses)
+    started = time.perf_counter()
+    for _ in range(DECODE_TOKENS - 1):
+        next(responses)
+    return (DECODE_TOKENS - 1) / (time.perf_counter() - started)
+
+
+def bench(cache: str) -> None:
+    """Print llmchat's figures beside those of mlx-lm, all from this run. Only the cache folder is written to."""
+    # A folder for each engine: an older one can not read the tokenizers that a newer one writes.
+    folder = Path(cache).resolve() / f"mlx-lm-{version('mlx-lm')}"
+    figures = bench_starts(folder)
+    figures += [bench_tokens(folder, name) for name in FAMILIES]
+    model = llmchat.load_model(Settings(model=str(folder / "dense")))
+    figures.append(bench_first_token(model))
+    ours, bare = medians(lambda: our_decode_tps(model), lambda: bare_decode_tps(model))
+    figures.append(at_least(0.98, "decode, floor mlx_lm.stream_generate", ours, bare, "tokens/s"))
+    figures.append(bench_memory(folder))
+    print_table(figures)
+    print(f"Medians of {RUNS}; Python {platform.python_version()}, mlx-lm {version('mlx-lm')}, {platform.platform()}")
