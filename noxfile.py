@@ -10,7 +10,7 @@ import nox
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "stress"]
 nox.options.reuse_existing_virtualenvs = True
 
 # The oldest and the newest that the engine runs on, and the one in between that most people have.
@@ -38,8 +38,15 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests: on the oldest Python with the oldest libraries that are allowed, else with the newest."""
     oldest = [need.replace(">=", "==") for need in nox.project.load_toml("pyproject.toml")["project"]["dependencies"]]
-    session.install(".", "pytest>=8", "nox", *(oldest if session.python == PYTHONS[0] else []))
-    session.run("pytest", *session.posargs)
+    session.install(".", "pytest>=8", "pytest-xdist>=3", "nox", *(oldest if session.python == PYTHONS[0] else []))
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session(python="3.11")
+def stress(session: nox.Session) -> None:
+    """Run what takes long, because it counts far: once is enough."""
+    session.install(".", "pytest>=8", "nox")
+    session.run("pytest", "-m", "stress", *session.posargs)
 
 
 @nox.session(python="3.11")

@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution, version
@@ -313,7 +314,7 @@ class Screen:
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self.output = ""
         self._seen = 0
-        self.pid, self._fd = pty.fork()
+        self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(environment["HOME"])
             os.execve(PROGRAM[0], [*PROGRAM, *arguments], environment)
@@ -322,16 +323,16 @@ class Screen:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
     def _read(self, timeout: float) -> bool:
-        if not select.select([self._fd], [], [], timeout)[0]:
+        if not select.select([self.fd], [], [], timeout)[0]:
             return False
         try:
-            self.output += os.read(self._fd, 1 << 16).decode(errors="replace").replace("\r\n", "\n")
+            self.output += os.read(self.fd, 1 << 16).decode(errors="replace").replace("\r\n", "\n")
         except OSError:
             return False
         return True
@@ -349,7 +350,7 @@ class Screen:
     def send(self, text: str) -> None:
         """Type, once the line editor is listening."""
         time.sleep(0.05)
-        os.write(self._fd, text.encode())
+        os.write(self.fd, text.encode())
 
     def ask(self, prompt: str) -> str:
         """Send a prompt at the prompt, wait for the next; return what is between."""
@@ -357,10 +358,11 @@ class Screen:
         self.expect(re.escape(prompt.splitlines()[-1]) + r"[^\n]*\n")
         return self.expect(r"\nprompt -> ").removesuffix("\nprompt -> ").strip("\n")
 
-    def leave(self) -> int:
-        """Wait for the end; return the exit status."""
+    def leave(self, found: list | None = None) -> int:
+        """Wait for the end, with the terminal as it was found; return the exit status."""
         while self._read(60):
             pass
+        assert found is None or termios.tcgetattr(self.fd) == found
         status = os.waitpid(self.pid, 0)[1]
         self.pid = 0
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
@@ -837,6 +839,63 @@ def test_prompts_of_earlier_days_come_back(demo: str, environment: dict[str, str
     assert Path(environment["HOME"], ".llmchat_history").read_text() == "Say hello.\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("phase", ["loading", "prompt", "prefill", "decode"])
+def test_a_signal_leaves_the_terminal_as_it_was_found(
+    phase: str, number: int, demo: str, environment: dict[str, str]
+) -> None:
+    history = Path(environment["HOME"], ".llmchat_history")
+    with Screen(environment, demo) as screen:
+        found = termios.tcgetattr(screen.fd)
+        screen.expect("Loading model")
+        if phase != "loading":
+            screen.expect("prompt -> ")
+            # The line editor has its own idea of the terminal now.
+            assert termios.tcgetattr(screen.fd) != found
+        if phase == "prefill":
+            screen.send("x, " * 400 + "\r")
+            # Sent is sent: the prompt is in the history before its reply begins.
+            deadline = time.monotonic() + 20
+            while not history.exists():
+                assert time.monotonic() < deadline
+        elif phase == "decode":
+            screen.send("Count.\r")
+            screen.expect(" 10,")
+        os.kill(screen.pid, number)
+        assert screen.leave(found) == 128 + number
+        assert "Traceback" not in screen.output
+    assert history.exists() == (phase in ("prefill", "decode"))
+
+
+def interrupt_at_random(demo: str, environment: dict[str, str], times: int) -> None:
+    """Press Ctrl+C at random moments of replies; then the conversation must still be right."""
+    chance = random.Random(times)
+    with Screen(environment, demo) as screen:
+        screen.expect("prompt -> ")
+        for _ in range(times):
+            screen.send(chance.choice(["Count.", "x, " * 100, "/retry", "/continue", "/undo"]) + "\r")
+            time.sleep(chance.random() * 0.3)  # the random moment
+            os.kill(screen.pid, signal.SIGINT)
+            # The line may have been taken back into the editor, or Ctrl+C may have come at the prompt.
+            screen.send("\x15/clear\r")
+            screen.expect("A new conversation")
+            screen.expect("prompt -> ")
+        for turn in SAMPLE:
+            assert screen.ask(turn.prompt) == turn.answer
+        assert "Traceback" not in screen.output
+        screen.send(CTRL_D)
+        assert screen.leave() == 0
+
+
+def test_ctrl_c_at_any_moment_leaves_a_conversation_that_is_right(demo: str, environment: dict[str, str]) -> None:
+    interrupt_at_random(demo, environment, 15)
+
+
+@pytest.mark.stress
+def test_ctrl_c_at_two_hundred_moments(demo: str, environment: dict[str, str]) -> None:
+    interrupt_at_random(demo, environment, 200)
+
+
 # ----------------------------------------------------------------------------------- Conversation
 
 PIRATE = "You are a pirate."
@@ -879,7 +938,7 @@ class Counting:
 def family_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> llmchat.Model:
     """A model of each family, loaded as the program loads it."""
     folder = tmp_path_factory.mktemp("models") / request.param
-    build_model(folder, FAMILIES[request.param], FAMILY_CONVERSATIONS, hidden=640)
+    build_model(folder, FAMILIES[request.param], FAMILY_CONVERSATIONS, hidden=576)
     return dataclasses.replace(llmchat.load_model(Settings(model=str(folder))), name=request.param)
 
 
