@@ -26,6 +26,7 @@ The rooms, in reading order; nothing is used before it is defined:
     Prompt cache   the tokens whose state the engine holds, and the cheapest way to a new prompt
     Thoughts       telling a reasoning model's thoughts from its answer
     Conversation   messages, and replies as generators of pieces; never prints
+    Session        a conversation on disk
     Terminal       reads prompts, shows pieces; knows nothing of MLX
     Program        commands, the chat loop, signals, `main`
 
@@ -85,12 +86,11 @@ HISTORY_ENTRIES = 1000
 LEAVE_WORDS = ("quit", "bye", "exit")
 EXAMPLE_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 
+# A message of a conversation: its role, its content, and whatever else a session file says of it.
+Message = Dict[str, str]
+
 
 # ---------------------------------------------------------------------------------------- Errors
-
-
-# A message of a conversation: its role and its content, and whatever else a session file says of it.
-Message = Dict[str, str]
 
 
 class ChatError(Exception):
@@ -941,9 +941,7 @@ class Conversation:
         *before, prompt, _ = self.messages
         return self._turn(before, min(self._first, len(before)), prompt["content"], stop, progress)
 
-    def resume(
-        self, stop: Callable[[], bool] = never, progress: Callable[[int, int], None] = unwatched
-    ) -> Iterator[Piece]:
+    def resume(self, stop: Callable[[], bool] = never) -> Iterator[Piece]:
         """Go on with a reply that was cut or stopped, from the live state: nothing is computed again."""
         live, held, limit = self._live, len(self._cache.tokens), self._model.context_length
         if live is None:
