@@ -52,7 +52,7 @@ def stress(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def demo(session: nox.Session) -> None:
     """Chat with a small model that knows a few sentences; nothing is downloaded but the libraries."""
-    session.install(".")
+    session.install(".", "pytest>=8")
     folder = str(CACHE / "demo")
     session.run("python", "-c", f"import test_llmchat; test_llmchat.build_demo({folder!r})", silent=True)
     session.run("llmchat", folder, *session.posargs)
