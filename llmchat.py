@@ -1736,7 +1736,7 @@ def run(settings: Settings, terminal: Terminal) -> None:
             return
         terminal.write("Model loaded successfully!\n")
         if terminal.interactive:
-            terminal.note(f"{name} · /help lists the commands · quit or Ctrl+D leaves")
+            terminal.note(f"{Path(name).name} · /help lists the commands · quit or Ctrl+D leaves")
             signal.signal(signal.SIGINT, interrupts)
         if messages:
             terminal.note(f"Going on with {len(messages) // 2} turns of {settings.session}.")

@@ -770,7 +770,7 @@ def test_the_sample_session_on_a_terminal(demo: str, environment: dict[str, str]
             screen.expect("prompt -> ")
             screen.send(prompt + "\r")
         assert screen.leave() == 0
-    welcome = f"\x1b[2m{demo} · /help lists the commands · quit or Ctrl+D leaves\x1b[0m\n"
+    welcome = f"\x1b[2m{Path(demo).name} · /help lists the commands · quit or Ctrl+D leaves\x1b[0m\n"
     assert welcome in screen.output
     assert plain(screen.output.replace(welcome, "")) == SESSION.format(model=demo)
 
