@@ -47,12 +47,15 @@ import difflib
 import errno
 import fcntl
 import inspect
+import io
 import itertools
 import json
 import os
 import re
+import select
 import signal
 import sys
+import termios
 import threading
 import time
 import warnings
@@ -83,6 +86,7 @@ READ_AHEAD_BYTES = 1 << 21
 CONFIG_FILE = ".llmchat_config"
 HISTORY_FILE = ".llmchat_history"
 HISTORY_ENTRIES = 1000
+HISTORY_BYTES = 1 << 20
 LEAVE_WORDS = ("quit", "bye", "exit")
 EXAMPLE_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 
@@ -1246,14 +1250,23 @@ def cleaned(text: str) -> str:
     return text.translate(UNSAFE)
 
 
-DIM, PLAIN, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+GREEN, DIM, PLAIN, ERASE_BELOW = "\x1b[32m", "\x1b[2m", "\x1b[0m", "\x1b[J"
 
 # Before a wait is worth a line that tells of it.
 PATIENCE_S = 1.0
 
+# Pasted lines follow each other faster than this, and typed ones don't.
+BURST_S = 0.03
+
+# The first GNU readline that ends the line itself at Ctrl+D when it has pastes marked: 8.1.
+MARKED_PASTES_VERSION = 0x0801
+
 
 class PromptHistory:
-    """The prompts of this day and earlier ones: in a file, one a line, newlines and backslashes escaped."""
+    """The prompts of this day and earlier ones: in a file, one a line, newlines and backslashes escaped.
+
+    The file is added to at every prompt, and cut back to its bounds when it is read and twice as large.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -1262,10 +1275,22 @@ class PromptHistory:
     def load(self) -> list[str]:
         """The last prompts, oldest first. Raises `OSError`."""
         try:
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()[-HISTORY_ENTRIES:]
+            # Not to wait for a writer, should this be a named pipe.
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             return []
-        prompts = [re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], line) for line in lines]
+        with open(descriptor, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - HISTORY_BYTES))
+            lines = file.read(HISTORY_BYTES).split(b"\n")
+        # What stands before the first newline may be half a line, and what stands after the last is nothing.
+        lines = [line for line in lines[size > HISTORY_BYTES :] if line]
+        kept = lines[-HISTORY_ENTRIES:]
+        if size > 2 * HISTORY_BYTES or len(lines) > 2 * HISTORY_ENTRIES:
+            self._rewrite(kept)
+        prompts = [
+            re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], line.decode(errors="replace")) for line in kept
+        ]
         self._last = prompts[-1] if prompts else ""
         return prompts
 
@@ -1274,11 +1299,25 @@ class PromptHistory:
         if prompt == self._last:
             return False
         self._last = prompt
-        line = prompt.replace("\\", "\\\\").replace("\n", "\\n") + "\n"
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        line = prompt.replace("\\", "\\\\").replace("\n", "\\n").encode(errors="replace") + b"\n"
+        if len(line) > HISTORY_BYTES:
+            return True
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
+        with open(descriptor, "wb") as file:
             file.write(line)
         return True
+
+    def _rewrite(self, lines: list[bytes]) -> None:
+        # What the name leads to is replaced, so that a link to a file elsewhere stays one.
+        path = self._path.resolve()
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.writelines(line + b"\n" for line in lines)
+            new.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()
 
 
 class Terminal:
@@ -1288,21 +1327,42 @@ class Terminal:
     after its prompt, and thoughts are left out, so that a transcript reads the same either way.
     """
 
-    def __init__(self, stdin: TextIO, stdout: TextIO, stderr: TextIO, history: Path | None = None) -> None:
+    def __init__(
+        self,
+        stdin: TextIO,
+        stdout: TextIO,
+        stderr: TextIO,
+        history: Path | None = None,
+        marked_pastes: bool | None = None,
+    ) -> None:
         self._stdin, self._stdout, self._stderr = stdin, stdout, stderr
+        for stream in (stdin, stdout, stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # Bytes that are no text, or text that the terminal has no bytes for, are no reason to stop.
+                stream.reconfigure(errors="replace")
         self.interactive = stdin.isatty() and stdout.isatty()
-        self._styled = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self._dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._styled = not (self._dumb or os.environ.get("NO_COLOR"))
         self.hide_thoughts = False
         self._readline: Any = None
+        self._libedit = False
+        # Whether the line editor tells a paste from typing; None asks the editor that is there.
+        self._marked_pastes = marked_pastes
+        # The modes in which the terminal was found: what `tcgetattr` says.
+        self._found: list[Any] | None = None
         self._history = PromptHistory(history) if history and self.interactive else None
+        self._history_failed = False
+        # Of the prompt being read: its lines so far, and what an earlier one left in the editor's buffer.
+        self._lines: list[str] = []
+        self._stale = ""
         # Of the reply being shown: the kind of its last piece, newlines that may turn out to end it, and
-        # when its thought began.
+        # when a thought began that is hidden.
         self._kind = ""
         self._newlines = ""
         self._thought_s = 0.0
-        # When a wait began, and whether a line that tells of it is on the screen.
+        # When a wait began, and the line that is on the screen for as long as something lasts.
         self._waiting_s = 0.0
-        self._waiting = False
+        self._status = ""
 
     # Writing
 
@@ -1313,9 +1373,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Tell the user something that is not part of the session, dim on a terminal."""
-        dim = self._stderr.isatty() and self._styled
-        self._stderr.write(f"{DIM}{cleaned(text)}{PLAIN}\n" if dim else f"{cleaned(text)}\n")
-        self._stderr.flush()
+        self._write_dim(cleaned(text), "\n")
 
     def error(self, text: str) -> None:
         """Say what went wrong."""
@@ -1325,128 +1383,256 @@ class Terminal:
     def progress(self, done: int, total: int) -> None:
         """Show how much of a long prompt has been read, on a terminal."""
         now = time.monotonic()
-        self._waiting_s = self._waiting_s if done and self._waiting_s else now
-        if self._stderr.isatty() and now - self._waiting_s > PATIENCE_S:
-            self._stderr.write(f"{ERASE_LINE}reading the prompt: {done} of {total} tokens")
-            self._stderr.flush()
-            self._waiting = True
-
-    def _end_waiting(self) -> None:
-        self._waiting_s = 0.0
-        if self._waiting:
-            self._stderr.write(ERASE_LINE)
-            self._stderr.flush()
-            self._waiting = False
+        if not (done and self._waiting_s):
+            self._waiting_s = now
+        if now - self._waiting_s > PATIENCE_S:
+            self._show_status(f"reading the prompt: {done} of {total} tokens")
 
     def show(self, piece: Piece) -> None:
         """Show a piece of a reply. Newlines around thought and answer are replaced by a blank line between."""
-        self._end_waiting()
+        if piece.kind == "thought" and (self.hide_thoughts or not self.interactive):
+            self._hide_thought(piece.text)
+            return
+        self._end_status()
         if piece.kind == "notice":
             self.note(piece.text)
-        elif piece.kind == "answer" or self.interactive:
-            text = cleaned(piece.text)
-            if piece.kind != self._kind:
-                text = text.lstrip("\n")
-                if not text:
-                    return
-                self._end_section()
-                self._begin_section(piece.kind)
-            if piece.kind == "thought" and self.hide_thoughts:
-                self._show_thinking()
-                return
-            text = self._newlines + text
-            self._newlines = text[len(text.rstrip("\n")) :]
-            self.write(text.rstrip("\n"))
+        else:
+            self._fold_thought()
+            self._show_text(piece.kind, cleaned(piece.text))
 
     def end_reply(self) -> None:
         """Finish the line of a reply, if there was one."""
-        self._end_waiting()
+        self._end_status()
+        self._fold_thought()
         if self._kind:
             self._end_section()
             self.write("\n")
             self._kind = ""
 
+    def _write_dim(self, text: str, end: str = "") -> None:
+        dim = self._stderr.isatty() and self._styled
+        self._stderr.write(f"{DIM}{text}{PLAIN}{end}" if dim else text + end)
+        self._stderr.flush()
+
+    def _show_status(self, text: str) -> None:
+        """Show a line that doesn't last, on a terminal. It is kept narrow, as only one row can be taken back."""
+        if self._stderr.isatty():
+            text = text[: (os.get_terminal_size(self._stderr.fileno()).columns or 80) - 1]
+            if text != self._status:
+                self._write_dim("\r" + text.ljust(len(self._status)))
+                self._status = text
+
+    def _end_status(self) -> None:
+        self._waiting_s = 0.0
+        if self._status:
+            self._write_dim("\r" + " " * len(self._status) + "\r")
+            self._status = ""
+
+    def _show_text(self, kind: str, text: str) -> None:
+        if kind != self._kind:
+            text = text.lstrip("\n")
+            if not text:
+                return
+            self._begin_section(kind)
+        text = self._newlines + text
+        self._newlines = text[len(text.rstrip("\n")) :]
+        self.write(text.rstrip("\n"))
+
     def _begin_section(self, kind: str) -> None:
         if self._kind:
+            self._end_section()
             self.write("\n\n")
         self._kind = kind
-        self._thought_s = time.monotonic()
-        if kind == "thought" and self._styled:
-            self.write(DIM)
+        self.write(DIM if kind == "thought" and self._styled else "")
 
     def _end_section(self) -> None:
         self._newlines = ""
-        if self._kind == "thought" and self.hide_thoughts:
-            self.write(f"{ERASE_LINE}thought for {time.monotonic() - self._thought_s:.0f} s")
-        if self._kind == "thought" and self._styled:
-            self.write(PLAIN)
+        self.write(PLAIN if self._kind == "thought" and self._styled else "")
 
-    def _show_thinking(self) -> None:
-        self.write(f"\rthinking: {time.monotonic() - self._thought_s:.0f} s")
+    def _hide_thought(self, text: str) -> None:
+        if not self._thought_s:
+            if not text.strip():
+                return
+            self._thought_s = time.monotonic()
+            if self.interactive:
+                self._begin_section("hidden thought")
+        self._show_status(f"thinking: {time.monotonic() - self._thought_s:.0f} s")
+
+    def _fold_thought(self) -> None:
+        if self._thought_s and self.interactive:
+            text = f"thought for {time.monotonic() - self._thought_s:.1f} s"
+            self.write(f"{DIM}{text}{PLAIN}" if self._styled else text)
+        self._thought_s = 0.0
 
     # Reading
 
-    def open_line_editor(self, words: Sequence[str]) -> None:
-        """Switch on editing, history and completion of `words`, on a terminal."""
+    def open_line_editor(self, complete: Callable[[str], Iterable[str]]) -> None:
+        """Switch on editing, history and completion, on a terminal, until `close`.
+
+        `complete` says which whole lines the beginning of a line may become.
+        """
         if not self.interactive:
             return
-        import readline
-
+        try:
+            import readline
+        except ImportError:
+            # Some Pythons are built without it; the terminal's own line editing has to do then.
+            return
         self._readline = readline
+        # Before Python 3.13 only the docstring says which of the two it is.
+        self._libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
+        if self._marked_pastes is None:
+            version = self._readline._READLINE_RUNTIME_VERSION
+            self._marked_pastes = not self._libedit and not self._dumb and version >= MARKED_PASTES_VERSION
         readline.set_auto_history(False)
-        with contextlib.suppress(OSError):
+        with self._warned_of_history():
             for prompt in self._history.load() if self._history else []:
                 readline.add_history(prompt)
+        self._bind_keys(complete)
+        self._found = termios.tcgetattr(self._stdin)
+        self._listen_quietly()
 
-        def complete(text: str, state: int) -> str | None:
-            matches = [word + " " for word in words if word.startswith(text)] if readline.get_begidx() == 0 else []
-            return matches[state] if state < len(matches) else None
+    def close(self) -> None:
+        """Leave the terminal as it was found, whatever was under way."""
+        with contextlib.suppress(OSError):
+            self.end_reply()
+        with contextlib.suppress(termios.error):
+            self._switch_off(0)
 
-        readline.set_completer(complete)
+    def _bind_keys(self, complete: Callable[[str], Iterable[str]]) -> None:
+        readline = self._readline
+
+        def offer(text: str, state: int) -> str | None:
+            line = readline.get_line_buffer()
+            # Where the cursor is, no index tells: libedit counts other things than characters.
+            wholes = complete(line) if line.endswith(text) else []
+            offers = [whole[len(line) - len(text) :] for whole in wholes]
+            return offers[state] if state < len(offers) else None
+
+        readline.set_completer(offer)
         readline.set_completer_delims(" \n")
-        libedit = "libedit" in (readline.__doc__ or "")
-        readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+        readline.parse_and_bind("bind ^I rl_complete" if self._libedit else "tab: complete")
+        if self._marked_pastes:
+            # Python switches it off. The editor has the terminal mark pastes only while it reads.
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+    def _switch_off(self, modes: int) -> None:
+        """Have the terminal do as it was found to, but for some modes."""
+        if self._found:
+            settings = [*self._found]
+            settings[3] &= ~modes
+            termios.tcsetattr(self._stdin, termios.TCSANOW, settings)
+
+    def _listen_quietly(self) -> None:
+        """Keep what is typed for the next prompt unseen and whole.
+
+        The terminal would show it in the middle of a reply, and cut lines that are longer than 1024 (macOS)
+        or 4096 bytes (Linux).
+        """
+        self._switch_off(termios.ECHO | termios.ICANON)
 
     def read_line(self, prompt: str, text: str = "") -> str:
-        """Read one line; `text` stands in it for editing. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
-        if not self.interactive:
-            self.write(prompt)
-            line = self._stdin.readline()
-            if not line:
-                raise EOFError
-            line = line.rstrip("\n")
-            self.write(cleaned(line) + "\n")
-            return line
-        if self._readline and text:
+        """Read one line; `text` stands in it for editing. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C.
+
+        It holds newlines if a paste did, or a text that came back from the history.
+        """
+        if self.interactive:
+            return self._edit_line(prompt, text)
+        self.write(prompt)
+        line = self._stdin.readline()
+        if not line:
+            self.write("\n")
+            raise EOFError
+        line = line.rstrip("\n")
+        self.write(cleaned(line) + "\n")
+        return line
+
+    def _edit_line(self, prompt: str, text: str) -> str:
+        if self._styled and self._readline:
+            # The marks take the colour out of the editor's count of columns. libedit loses what no character follows.
+            prompt = f"\x01{GREEN}\x02{prompt.rstrip()}\x01{PLAIN}\x02 "
+        if self._readline:
+            self._stale = self._readline.get_line_buffer() if self._libedit else ""
             self._readline.set_startup_hook(lambda: self._readline.insert_text(text))
+        # The editors look at these: GNU's shows nothing where nothing was shown, libedit no longer knows Ctrl+D.
+        self._switch_off(0 if self._libedit else termios.ICANON)
         try:
             return input(prompt)
+        except EOFError:
+            self.write("" if self._marked_pastes else "\n")
+            raise
+        except BaseException:
+            # The cursor may stand in the first of several rows.
+            self.write("\n" + ERASE_BELOW * self._styled)
+            raise
         finally:
-            if self._readline:
-                self._readline.set_startup_hook(None)
+            self._listen_quietly()
 
     def read_prompt(self, text: str = "") -> str:
-        """Read a prompt, of several lines if it starts with three quotes. Raises like `read_line`."""
+        """Read a prompt: a line, a paste, or what is typed between three quotes. Raises like `read_line`."""
+        if text and self._libedit:
+            # It has no hook to put text into a line.
+            self._readline.add_history(text)
+            self.note("Press the up arrow to edit the prompt.")
+        self._lines = []
         self.write("\n")
-        line = self.read_line("prompt -> ", text).strip()
-        if not line.startswith('"""'):
-            return line
-        lines = [line[3:]]
-        while not lines[-1].rstrip().endswith('"""'):
-            lines.append(self.read_line("... "))
-        return "\n".join(lines).rstrip()[:-3].strip("\n")
+        self._read_lines("prompt -> ", text)
+        block = "\n".join(self._lines).strip("\n")
+        if "\n" not in block:
+            block = block.strip()
+        # A paste that only starts with three quotes is no beginning: program text often does.
+        if not block.startswith('"""') or ("\n" in block and self._is_open()):
+            return block
+        try:
+            while self._is_open():
+                self._read_lines("... ")
+        except EOFError:
+            if self.interactive:
+                raise
+        return "\n".join(self._lines).strip()[3:].removesuffix('"""').strip("\n")
 
-    def typed(self) -> str:
-        """What stood in the line when Ctrl+C came."""
-        return str(self._readline.get_line_buffer()) if self._readline else ""
+    def _read_lines(self, prompt: str, text: str = "") -> None:
+        """Read a line, or all lines of a paste.
+
+        Where nothing marks a paste, it is lines that come in one burst; not if the first was there before the
+        prompt was: then they were typed ahead, or are a script.
+        """
+        alone = self._marked_pastes or self._has_input(0)
+        self._lines.append(self.read_line(prompt, text))
+        while not alone and self._has_input(BURST_S):
+            self._lines.append(self.read_line("... "))
+
+    def _has_input(self, timeout_s: float) -> bool:
+        return self.interactive and bool(select.select([self._stdin], [], [], timeout_s)[0])
+
+    def _is_open(self) -> bool:
+        return not "\n".join(self._lines).strip()[3:].endswith('"""')
+
+    def typed(self) -> bool:
+        """Whether there was something in the prompt when Ctrl+C came."""
+        # libedit empties its buffer only when something is typed.
+        return bool(self._lines) or (
+            self._readline is not None and self._readline.get_line_buffer() not in ("", self._stale)
+        )
 
     def remember(self, prompt: str) -> None:
         """Add a prompt to the history, in the line editor and on disk."""
         if self._readline is None or self._history is None:
             return
-        with contextlib.suppress(OSError):
-            if self._history.add(prompt):
-                self._readline.add_history(prompt)
+        new = True
+        with self._warned_of_history():
+            new = self._history.add(prompt)
+        if new:
+            self._readline.add_history(prompt)
+
+    @contextlib.contextmanager
+    def _warned_of_history(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._history_failed:
+                self.note(f"Prompts are not kept for another day: {one_line(error)}")
+            self._history_failed = True
 
 
 # --------------------------------------------------------------------------------------- Program
@@ -1503,6 +1689,34 @@ COMMANDS = {
 }
 
 
+def completions(line: str) -> list[str]:
+    """The lines that Tab may make of the beginning of one: commands, keys of `/set`, file names, or just a tab."""
+    if not line.startswith("/"):
+        return [line + "\t"]
+    command, space, rest = line.partition(" ")
+    if not space:
+        wholes = [f"{name} " if about.arguments else name for name, about in COMMANDS.items()]
+    elif command == "/set":
+        wholes = [f"/set {key} " for key, field in OPTIONS.items() if field.metadata["in_chat"]]
+    elif command == "/save":
+        wholes = [f"/save {name}" for name in file_names(rest)]
+    else:
+        wholes = []
+    return [whole for whole in wholes if whole.startswith(line)]
+
+
+def file_names(start: str) -> list[str]:
+    """The files whose names begin so, folders with a slash; hidden ones only if asked for."""
+    folder, name = os.path.split(start)
+    try:
+        with os.scandir(os.path.expanduser(folder) or ".") as entries:
+            found = [entry.name + "/" * entry.is_dir() for entry in entries if entry.name.startswith(name)]
+    except OSError:
+        return []
+    head = start[: len(start) - len(name)]
+    return sorted(head + entry for entry in found if cleaned(entry) == entry and (name or entry[0] != "."))
+
+
 class Chat:
     """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
 
@@ -1529,12 +1743,10 @@ class Chat:
             try:
                 prompt = self._read()
             except EOFError:
-                self._terminal.write("\n")
                 break
             except KeyboardInterrupt:
                 if not self._terminal.interactive:
                     raise
-                self._terminal.write("\n")
                 if leaving:
                     break
                 leaving = not self._terminal.typed()
@@ -1742,7 +1954,7 @@ def run(settings: Settings, terminal: Terminal) -> None:
             terminal.note(f"Going on with {len(messages) // 2} turns of {settings.session}.")
         if draft and not terminal.interactive:
             terminal.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
-        terminal.open_line_editor([*COMMANDS])
+        terminal.open_line_editor(completions)
         chat.run()
     finally:
         conversation.close()
@@ -1786,6 +1998,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     finally:
+        terminal.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -311,13 +311,13 @@ def run(environment: dict[str, str], *arguments: str, stdin: str = "", cwd: Path
 class Screen:
     """The program on a terminal of its own, which is its controlling terminal, so that Ctrl+C is SIGINT."""
 
-    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+    def __init__(self, environment: dict[str, str], *arguments: str, program: list[str] = PROGRAM) -> None:
         self.output = ""
         self._seen = 0
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(environment["HOME"])
-            os.execve(PROGRAM[0], [*PROGRAM, *arguments], environment)
+            os.execve(program[0], [*program, *arguments], environment)
 
     def __enter__(self) -> Screen:
         return self
@@ -338,19 +338,19 @@ class Screen:
         return True
 
     def expect(self, pattern: str, timeout: float = 60) -> str:
-        """Wait for a pattern in what came since the last one; return the text up to its end."""
+        """Wait for a pattern in what came since the last one, without colour; return the text up to its end."""
         deadline = time.monotonic() + timeout
-        while not (match := re.search(pattern, self.output[self._seen :])):
+        while not (match := re.search(pattern, plain(self.output)[self._seen :])):
             if not self._read(deadline - time.monotonic()):
                 raise AssertionError(f"no {pattern!r} within {timeout} s in:\n{self.output}")
-        text = self.output[self._seen : self._seen + match.end()]
+        text = plain(self.output)[self._seen : self._seen + match.end()]
         self._seen += match.end()
         return text
 
     def send(self, text: str) -> None:
         """Type, once the line editor is listening."""
         time.sleep(0.05)
-        os.write(self.fd, text.encode())
+        os.write(self.fd, text.encode(errors="surrogateescape"))
 
     def ask(self, prompt: str) -> str:
         """Send a prompt at the prompt, wait for the next; return what is between."""
@@ -1677,3 +1677,320 @@ def bench(cache: str) -> None:
     figures.append(bench_memory(folder))
     print_table(figures)
     print(f"Medians of {RUNS}; Python {platform.python_version()}, mlx-lm {version('mlx-lm')}, {platform.platform()}")
+
+
+# ------------------------------------------------------------------------------------ Line editor
+
+# Reads prompts as the program does, with nothing behind it. After `wait` it is busy until told to go on.
+EDITOR = """
+import os, signal, sys, time
+from pathlib import Path
+folder, marked, *draft = sys.argv[1:]
+sys.path.insert(0, folder)
+import llmchat
+signal.signal(signal.SIGTERM, llmchat.leave)
+history = Path(os.environ["HOME"], ".llmchat_history")
+marked_pastes = {"asked": None, "marked": True, "burst": False}[marked]
+terminal = llmchat.Terminal(sys.stdin, sys.stdout, sys.stderr, history, marked_pastes)
+terminal.open_line_editor(llmchat.completions)
+try:
+    while True:
+        try:
+            prompt = terminal.read_prompt(*draft)
+        except KeyboardInterrupt:
+            terminal.note("dropped" if terminal.typed() else "empty")
+            continue
+        except EOFError:
+            break
+        draft = []
+        terminal.remember(prompt)
+        terminal.note(f"got {len(prompt)} {prompt[:50]!r}")
+        if prompt == "wait":
+            while not Path("go").exists():
+                time.sleep(0.01)
+            Path("go").unlink()
+finally:
+    terminal.close()
+"""
+
+
+def edit(environment: dict[str, str], pastes: str = "asked", draft: str = "") -> Screen:
+    """The line editor on a terminal, at its first prompt."""
+    screen = Screen(environment, str(HERE), pastes, draft, program=[sys.executable, "-c", EDITOR])
+    screen.expect("prompt -> ")
+    return screen
+
+
+def got(screen: Screen, keys: str) -> str:
+    """Type; return the prompt that arrives, with its length."""
+    screen.send(keys)
+    text = screen.expect(r"\ngot (\d+ .*)\n")
+    screen.expect("prompt -> ")
+    return text.rpartition("\ngot ")[2].strip()
+
+
+UP = "\x1b[A"
+BLOCK = "def f():\r\treturn 1\r\r  What is it?"
+BLOCK_GOT = f"{len(BLOCK)} 'def f():\\n\\treturn 1\\n\\n  What is it?'"
+
+
+@pytest.mark.parametrize("pastes", ["marked", "burst"])
+def test_a_pasted_block_is_one_prompt_and_comes_back_whole(pastes: str, environment: dict[str, str]) -> None:
+    paste = f"\x1b[200~{BLOCK}\x1b[201~" if pastes == "marked" else BLOCK
+    with edit(environment, pastes) as screen:
+        screen.send(paste)
+        screen.expect(r"What is it\?")
+        assert got(screen, "\r") == BLOCK_GOT
+        assert got(screen, UP + "\r") == BLOCK_GOT
+        screen.send(CTRL_D)
+        assert screen.leave() == 0
+        # The terminal marks pastes only for the line editor.
+        switches = re.findall(r"\x1b\[\?2004([hl])", screen.output)
+        assert switches == (["h", "l"] * 3 if pastes == "marked" else [])
+    with edit(environment, pastes) as screen:
+        assert got(screen, UP + "\r") == BLOCK_GOT
+    assert Path(environment["HOME"], ".llmchat_history").read_text() == "def f():\\n\treturn 1\\n\\n  What is it?\n"
+
+
+@pytest.mark.parametrize("pastes", ["marked", "burst"])
+def test_what_is_typed_ahead_stays_unseen_separate_and_whole(pastes: str, environment: dict[str, str]) -> None:
+    with edit(environment, pastes) as screen:
+        screen.send("wait\r")
+        screen.expect("got 4 'wait'\n")
+        screen.send("first\rwait\r")
+        Path(environment["HOME"], "go").touch()
+        assert screen.expect("got 5 'first'\n") == "\nprompt -> first\ngot 5 'first'\n"
+        screen.expect("got 4 'wait'\n")
+        # Longer than a line of a terminal that waits for whole lines.
+        screen.send("x" * 6000)
+        Path(environment["HOME"], "go").touch()
+        assert got(screen, "\r").startswith("6000 ")
+
+
+@pytest.mark.parametrize("pastes", ["marked", "burst"])
+@pytest.mark.parametrize("length", [1025, 4097, 20000])
+def test_a_long_line_arrives_whole(length: int, pastes: str, environment: dict[str, str]) -> None:
+    with edit(environment, pastes) as screen:
+        assert got(screen, "x" * length + "\r").startswith(f"{length} ")
+
+
+def test_the_way_of_pasting_is_what_the_line_editor_knows(environment: dict[str, str]) -> None:
+    with edit(environment) as screen:
+        gnu = subprocess.run(
+            [sys.executable, "-c", "import readline; print(readline.__doc__)"], capture_output=True, check=True
+        )
+        assert ("\x1b[?2004h" in screen.output) == (b"GNU" in gnu.stdout)
+
+
+def test_three_quotes_hold_several_lines(environment: dict[str, str]) -> None:
+    with edit(environment) as screen:
+        screen.send('"""\r')
+        screen.expect(r"\.\.\. ")
+        screen.send('  one\rsay """ two\r')
+        screen.expect(r"two\n\.\.\. ")
+        assert got(screen, '"""\r') == r"""17 '  one\nsay \"\"\" two'""".replace('\\"', '"')
+        assert got(screen, '"""in one line"""\r') == "11 'in one line'"
+        screen.send('"""first\r')
+        screen.expect(r"\.\.\. ")
+        screen.send(CTRL_C)
+        screen.expect("dropped\n\nprompt -> ")
+        assert got(screen, "next\r") == "4 'next'"
+
+
+def test_a_pasted_block_may_start_with_three_quotes(environment: dict[str, str]) -> None:
+    with edit(environment, "marked") as screen:
+        assert got(screen, '\x1b[200~"""Doc."""\rx = 1\x1b[201~\r') == '16 \'"""Doc."""\\nx = 1\''
+        assert got(screen, '\x1b[200~"""one\rtwo"""\x1b[201~\r') == "7 'one\\ntwo'"
+
+
+def test_ctrl_c_tells_a_dropped_line_from_an_empty_one(environment: dict[str, str]) -> None:
+    with edit(environment) as screen:
+        for keys, said in (("abc", "dropped"), ("", "empty"), ("abc", "dropped"), ("abc\x15", "empty")):
+            screen.send(keys)
+            screen.expect(re.escape(keys.strip("\x15")))
+            screen.send(CTRL_C)
+            assert screen.expect(r"prompt -> ").endswith(f"\n{said}\n\nprompt -> ")
+
+
+def test_a_draft_stands_in_the_line(environment: dict[str, str]) -> None:
+    with edit(environment, draft="What is\nit") as screen:
+        assert got(screen, "?\r") == r"11 'What is\nit?'"
+        assert got(screen, "next\r") == "4 'next'"
+
+
+def test_earlier_prompts_are_searched(environment: dict[str, str]) -> None:
+    with edit(environment) as screen:
+        for prompt in ("Say hello.", "Count."):
+            got(screen, prompt + "\r")
+        assert got(screen, "\x12hell\r") == "10 'Say hello.'"
+
+
+def test_tab_completes_commands_settings_and_files(environment: dict[str, str]) -> None:
+    Path(environment["HOME"], "my notes.jsonl").touch()
+    with edit(environment) as screen:
+        assert got(screen, "/se\ttemp\t0\r") == "18 '/set temperature 0'"
+        assert got(screen, "/save my no\t\r") == "20 '/save my notes.jsonl'"
+        assert got(screen, "a\tb\r") == r"3 'a\tb'"
+
+
+def test_completions_are_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.txt", ".hidden", "wicked\x1b[2J"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder" / "own").mkdir(parents=True)
+    complete = llmchat.completions
+    assert "/set " in complete("/s")
+    assert complete("/he") == ["/help"]
+    assert complete("/sy") == ["/system "]
+    assert complete("/set top-") == ["/set top-p ", "/set top-k "]
+    assert complete("/set top-k 1") == complete("/help me") == complete("/set model") == []
+    assert complete("/save ") == ["/save folder/", "/save one.txt"]
+    assert complete("/save .") == ["/save .hidden"]
+    assert complete("/save folder/") == ["/save folder/own/"]
+    assert complete(f"/save {tmp_path}/o") == [f"/save {tmp_path}/one.txt"]
+    assert complete("/save nowhere/") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "coloured"),
+    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_the_prompt_is_coloured_only_where_colour_is_wanted(
+    change: dict[str, str], coloured: bool, environment: dict[str, str]
+) -> None:
+    with edit({**environment, **change}) as screen:
+        got(screen, "hello\r")
+        screen.send(CTRL_D)
+        assert screen.leave() == 0
+        assert ("\x1b[32mprompt ->\x1b[0m " in screen.output) is coloured
+        ours = re.sub(r"\x1b\[\?2004[hl]", "", screen.output)
+        assert ("\x1b" in ours) is coloured
+        if "TERM" in change:
+            assert ours == screen.output
+
+
+def test_the_colour_does_not_count_as_width(environment: dict[str, str]) -> None:
+    with edit(environment) as screen:
+        # The prompt's 10 columns and these fill two rows of 80 but for 5; the colour's 9 would begin a third.
+        screen.send("x" * 145)
+        screen.expect("x{145}")
+        assert got(screen, "\x01\r").startswith("145 ")
+        assert screen.output.count("\x1b[A") == 1
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat(environment: dict[str, str]) -> None:
+    with edit(environment) as screen:
+        got(screen, "a\udcffb\r")
+        assert got(screen, "next\r") == "4 'next'"
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("status", [0, 143])
+def test_the_terminal_is_left_as_it_was_found(status: int, busy: bool, environment: dict[str, str]) -> None:
+    fresh, other = pty.openpty()
+    found = termios.tcgetattr(fresh)
+    os.close(fresh)
+    os.close(other)
+    with edit(environment) as screen:
+        screen.send("wait\r" if busy else "typed")
+        screen.expect("got 4 'wait'\n" if busy else "typed")
+        assert termios.tcgetattr(screen.fd) != found
+        if status:
+            os.kill(screen.pid, signal.SIGTERM)
+        else:
+            Path(environment["HOME"], "go").touch()
+            screen.send("\x15" + CTRL_D)
+        assert screen.leave() == status
+        assert termios.tcgetattr(screen.fd) == found
+        assert plain(screen.output).endswith("\n")
+
+
+PIECES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import llmchat
+terminal = llmchat.Terminal(sys.stdin, sys.stdout, sys.stderr)
+terminal.hide_thoughts = sys.argv[2] == "hide"
+for piece in sys.argv[3:]:
+    kind, _, text = piece.partition(":")
+    if kind == "end":
+        terminal.end_reply()
+    else:
+        terminal.show(llmchat.Piece(kind, text))
+"""
+
+
+def shown(environment: dict[str, str], *pieces: str) -> str:
+    """What a terminal gets for pieces of a reply."""
+    program = [sys.executable, "-c", PIECES, str(HERE)]
+    with Screen({**environment, "TERM": "dumb"}, *pieces, program=program) as screen:
+        assert screen.leave() == 0
+        return screen.output
+
+
+def test_thoughts_and_answers_are_a_blank_line_apart(environment: dict[str, str]) -> None:
+    pieces = ["thought:\n", "thought:Well", "thought:.\n", "answer:\n\n", "answer:Yes.\n", "answer:\nNo.\n", "end"]
+    assert shown(environment, "show", *pieces) == "Well.\n\nYes.\n\nNo.\n"
+    assert shown(environment, "show", "thought:\n\n", "answer:\n\nYes.", "end") == "Yes.\n"
+    assert shown(environment, "show", "answer:Yes.", "thought:Well", "end") == "Yes.\n\nWell\n"
+
+
+def test_a_hidden_thought_is_counted_and_folded(environment: dict[str, str]) -> None:
+    counted = "\rthinking: 0 s\r" + " " * 13 + "\rthought for 0.0 s\n"
+    thought = ["thought:\n", "thought:Well", "thought:."]
+    assert shown(environment, "hide", *thought, "answer:\nYes.", "end") == counted + "\nYes.\n"
+    # Ctrl+C in a thought, and a thought after an answer.
+    assert shown(environment, "hide", *thought, "end") == counted
+    assert shown(environment, "hide", "answer:Yes.", *thought, "end") == "Yes.\n\n" + counted
+    assert shown(environment, "hide", "thought:\n\n", "answer:\nYes.", "end") == "Yes.\n"
+
+
+def test_the_history_is_bounded_and_rewritten_only_when_it_has_doubled(tmp_path: Path) -> None:
+    path, link = tmp_path / "history", tmp_path / "link"
+    link.symlink_to(path)
+    bound = llmchat.HISTORY_ENTRIES
+    for count, left in ((2 * bound, 2 * bound), (2 * bound + 1, bound)):
+        path.write_text("".join(f"{n}\n" for n in range(count)))
+        assert llmchat.PromptHistory(link).load() == [str(n) for n in range(count - bound, count)]
+        assert path.read_text().count("\n") == left
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert link.is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["history", "link"]
+
+
+def test_a_huge_history_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nlast but one\n\xff\xfe last\n")
+    assert llmchat.PromptHistory(path).load() == ["last but one", "\ufffd\ufffd last"]
+    assert path.read_bytes() == b"last but one\n\xff\xfe last\n"
+    # What would push everything else out is not written down.
+    assert llmchat.PromptHistory(path).add("x" * llmchat.HISTORY_BYTES)
+    assert path.stat().st_size < 100
+
+
+@pytest.mark.parametrize("case", ["directory", "read-only", "nowhere", "unreadable", "pipe"])
+def test_a_history_that_can_not_be_used_is_a_warning(case: str, environment: dict[str, str], tmp_path: Path) -> None:
+    path = Path(environment["HOME"], ".llmchat_history")
+    if case == "directory":
+        path.mkdir()
+    elif case == "pipe":
+        os.mkfifo(path)
+    elif case == "unreadable":
+        path.touch(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("nothing is unreadable for root")
+    elif case == "read-only":
+        # Where not even root may write.
+        environment["HOME"] = "/proc"
+        if not Path("/proc/self").exists():
+            pytest.skip("there is no /proc here")
+    else:
+        path.symlink_to(tmp_path / "no" / "where")
+    with edit(environment) as screen:
+        assert got(screen, "one\r") == "3 'one'"
+        assert got(screen, "two\r") == "3 'two'"
+        assert got(screen, UP + UP + "\r") == "3 'one'"
+        assert screen.output.count("Prompts are not kept for another day") == 1
