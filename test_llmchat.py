@@ -861,6 +861,8 @@ def test_a_signal_leaves_the_terminal_as_it_was_found(
         elif phase == "decode":
             screen.send("Count.\r")
             screen.expect(" 10,")
+        # Python hears of a signal that comes just before readline waits with the next key only.
+        screen.send("")
         os.kill(screen.pid, number)
         assert screen.leave(found) == 128 + number
         assert "Traceback" not in screen.output
@@ -1896,12 +1898,12 @@ def test_the_terminal_is_left_as_it_was_found(status: int, busy: bool, environme
         screen.expect("got 4 'wait'\n" if busy else "typed")
         assert termios.tcgetattr(screen.fd) != found
         if status:
+            screen.send("")
             os.kill(screen.pid, signal.SIGTERM)
         else:
             Path(environment["HOME"], "go").touch()
             screen.send("\x15" + CTRL_D)
-        assert screen.leave() == status
-        assert termios.tcgetattr(screen.fd) == found
+        assert screen.leave(found) == status
         assert plain(screen.output).endswith("\n")
 
 
