@@ -46,6 +46,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import fnmatch
 import inspect
 import io
 import itertools
@@ -59,7 +60,7 @@ import termios
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, NoReturn, TextIO
@@ -82,6 +83,9 @@ REPETITION_CONTEXT_TOKENS = 20
 
 # Linux takes no more than about this much of one wish to have a file read ahead, and forgets the rest.
 READ_AHEAD_BYTES = 1 << 21
+
+# What is quoted of another program's error: enough for a file's path and a reason.
+READABLE_CHARACTERS = 300
 
 CONFIG_FILE = ".llmchat_config"
 HISTORY_FILE = ".llmchat_history"
@@ -106,9 +110,15 @@ class ChatError(Exception):
         self.status = status
 
 
+def shortened(text: str) -> str:
+    """A foreign text on one line, cut where nobody would read on."""
+    text = " ".join(text.split())
+    return text if len(text) <= READABLE_CHARACTERS else text[: READABLE_CHARACTERS - 1] + "…"
+
+
 def one_line(error: BaseException) -> str:
-    """What a foreign error says, on one line and never empty."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What a foreign error says, on one short line and never empty."""
+    return shortened(str(error)) or type(error).__name__
 
 
 # -------------------------------------------------------------------------------------- Settings
@@ -220,6 +230,7 @@ class Settings:
     adapter: str | None = option(None, str, "a LoRA adapter to load on top of the model", metavar="FOLDER")
     revision: str | None = option(None, str, "the branch, tag or commit of the repository", metavar="NAME")
     trust_remote_code: bool = option(False, switch, "run code that the model repository brings along", in_file=False)
+    force: bool = option(False, switch, "load a model that seems too large for the memory, or not made for talking")
 
     # Where each value that is not a default came from: a file, "flag" or "here".
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -320,11 +331,40 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
 # ----------------------------------------------------------------------------------------- Model
 
 
+# What mlx-lm loads, and beside it what mlx-lm's own `load` would download.
+WEIGHTS = "model*.safetensors"
+DOWNLOADED = (
+    *(WEIGHTS, "*.json", "*.py", "*.txt", "*.jsonl", "*.jinja"),
+    *("tokenizer.model", "*.tiktoken", "tiktoken.model"),
+)
+# Whose weights they are that MLX can't load, by the ending of their files.
+OTHER_FORMATS = {".gguf": "GGUF", ".bin": "PyTorch", ".pt": "PyTorch", ".pth": "PyTorch", ".onnx": "ONNX"}
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tokenization_*.py")
+# The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the like do talk.
+SILENT_ARCHITECTURE = re.compile(r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtraction$|For\w*Classification$")
+
+# The longest header that the safetensors format allows.
+HEADER_BYTES = 100_000_000
+
+GIB = 1 << 30
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OTHER_DISK = "Make room for it, or set HF_HOME to a folder on another disk."
+KEPT = "Every finished file is kept; run the same command again to fetch the rest."
+
+
 def hub_cache() -> Path:
     """The folder in which huggingface-hub keeps models: its own rule, said again so that nothing is imported."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     return Path(os.path.expandvars(os.path.expanduser(folder)))
+
+
+def read_json(text: bytes) -> Any:
+    """What stands in a JSON text. Raises `ValueError` for whatever is wrong with it."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -333,36 +373,42 @@ def weight_files(folder: Path) -> list[Path]:
     An index names them; without one a shard's name says how many there are. Nothing found is an empty list.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        index = read_json((folder / "model.safetensors.index.json").read_bytes())
         return sorted({folder / name for name in index["weight_map"].values()})
-    found = sorted(folder.glob("model*.safetensors"))
-    shard = re.fullmatch(r"(model.*-)\d+-of-(\d+)\.safetensors", found[0].name) if found else None
+    found = []
+    # What can't be the name of a folder is one in which nothing is found.
+    with contextlib.suppress(OSError, ValueError):
+        found = sorted(folder.glob(WEIGHTS))
+    shard = re.fullmatch(r"(model.*-)\d+-of-(\d{5,6})\.safetensors", found[0].name) if found else None
     if shard is None:
         return found
     return [folder / f"{shard[1]}{n:05}-of-{shard[2]}.safetensors" for n in range(1, int(shard[2]) + 1)]
 
 
+def missing_weights(folder: Path) -> list[str]:
+    """The names of weight files that should be there and are not."""
+    return [file.name for file in weight_files(folder) if not file.exists()]
+
+
 def is_complete(folder: Path) -> bool:
     """Whether a folder of the hub cache holds all that loading needs; a file is only there when it is whole."""
-    weights = weight_files(folder)
-    needed = [folder / "config.json", folder / "tokenizer_config.json", *weights]
-    return bool(weights) and all(file.exists() for file in needed)
+    needed = [folder / "config.json", folder / "tokenizer_config.json"]
+    return bool(weight_files(folder)) and not missing_weights(folder) and all(file.exists() for file in needed)
 
 
-def cached_snapshot(name: str, revision: str | None) -> Path | None:
-    """The folder of a repository whose files are complete in the hub cache, found without the hub or its library."""
+def snapshot(name: str, revision: str | None) -> Path:
+    """The folder of a repository in the hub cache, whether or not it is there; found without the hub's library."""
     repository = hub_cache() / ("models--" + name.replace("/", "--"))
     commit = revision or "main"
-    with contextlib.suppress(OSError, UnicodeDecodeError):
+    with contextlib.suppress(OSError, ValueError):
         commit = (repository / "refs" / commit).read_text().strip()
-    folder = repository / "snapshots" / commit
-    return folder if is_complete(folder) else None
+    return repository / "snapshots" / commit
 
 
 def cached_models() -> list[str]:
     """The repositories in the hub cache that can be started without a download."""
     names = (entry.name[len("models--") :].replace("--", "/") for entry in sorted(hub_cache().glob("models--*")))
-    return [name for name in names if cached_snapshot(name, None)]
+    return [name for name in names if is_complete(snapshot(name, None))]
 
 
 def read_ahead(files: Sequence[Path]) -> None:
@@ -392,6 +438,12 @@ def instruct_sibling(name: str) -> str:
     quantized = re.search(r"[-_](\d+bit|bf16|fp16|mxfp4|nvfp4|mlx).*$", base, flags=re.IGNORECASE)
     end = quantized.start() if quantized else len(base)
     return base[:end] + ("-it" if "gemma" in base.lower() else "-Instruct") + base[end:]
+
+
+def mlx_twin(name: str) -> str:
+    """The name under which a model that is there in another format most likely stands for MLX."""
+    base = re.sub(r"[-_.]gguf$", "", name.rstrip("/").rpartition("/")[2], flags=re.IGNORECASE)
+    return f"mlx-community/{base}-4bit"
 
 
 def context_length(config: dict[str, Any]) -> int | None:
@@ -442,52 +494,243 @@ class Model:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-def read_model_config(folder: Path, name: str) -> dict[str, Any]:
-    """The `config.json` of a folder. Raises `ChatError` where it is missing or broken."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+def check_files(name: str, files: Collection[str]) -> None:
+    """Raise `ChatError` unless the names of a folder's or repository's files are those of a model for MLX."""
+    formats = sorted({OTHER_FORMATS[suffix] for suffix in {Path(file).suffix for file in files} & {*OTHER_FORMATS}})
+    has_weights = bool(fnmatch.filter(files, WEIGHTS))
+    if formats and not has_weights:
         raise ChatError(
-            f"{name} has no config.json: name the folder of a model, or a Hugging Face repository."
-        ) from error
+            f"{name} holds its weights as {' and '.join(formats)} files, where MLX needs {WEIGHTS}:"
+            f" {mlx_twin(name)} may hold the same model."
+        )
+    if "config.json" not in files:
+        raise ChatError(f"{name} has no config.json: name the folder of a model, or a Hugging Face repository.")
+    if not has_weights:
+        raise ChatError(f"{name} holds no {WEIGHTS}: MLX can load no other format. Name another model.")
+
+
+def read_model_config(folder: Path, name: str) -> dict[str, Any]:
+    """The `config.json` of a folder. Raises `ChatError` where it is broken."""
+    try:
+        config = read_json((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise ChatError(f"config.json of {name} can't be read: {one_line(error)}. Download the model again.") from error
+        raise ChatError(f"config.json of {name} can't be read: {one_line(error)}. {mend(folder)}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ChatError(
             f"config.json of {name} names no model_type, so this is no language model that mlx-lm can load."
+            " Name another model."
         )
     return config
+
+
+def check_config(name: str, config: dict[str, Any], files: Collection[str], settings: Settings) -> None:
+    """Raise `ChatError` unless the model is one that mlx-lm knows, that talks, and that brings no code to run."""
+    listed = config.get("architectures")
+    architectures = [str(architecture) for architecture in listed] if isinstance(listed, list) else []
+    silent = bool(architectures) and all(map(SILENT_ARCHITECTURE.search, architectures))
+    if ("modules.json" in files or silent) and not settings.force:
+        raise ChatError(
+            f"{name} is made for embeddings or labels, not for talking: name a chat model such as {EXAMPLE_MODEL},"
+            " or try it all the same with --force."
+        )
+    own_code = config.get("model_file")
+    if own_code is None:
+        check_model_type(name, config)
+    elif not settings.trust_remote_code:
+        # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
+        raise ChatError(
+            f"{name} wants to run its own code ({shortened(str(own_code))}): if you trust it,"
+            " --trust-remote-code allows that."
+        )
+
+
+def check_model_type(name: str, config: dict[str, Any]) -> None:
+    """Raise `ChatError` for a model that this mlx-lm has no network for."""
+    import mlx_lm.utils
+
+    # The look-up of mlx-lm's own `load`, which follows its tables of other names. A version that has moved it
+    # says the same a little later, when it loads.
+    look_up = getattr(mlx_lm.utils, "_get_classes", None)
+    try:
+        if look_up:
+            look_up(config)
+    except Exception as error:
+        what = f"{name} is of type {shortened(config['model_type'])}, which mlx-lm {mlx_lm.__version__} doesn't know"
+        if "vision_config" in config or config["model_type"].startswith(("clip", "siglip", "vit")):
+            raise ChatError(
+                f"{what}; it is a model for images: name a language model such as {EXAMPLE_MODEL}."
+            ) from error
+        raise ChatError(
+            f"{what}; a newer mlx-lm may (and the newest may need a newer Python): update it, or name another model."
+        ) from error
+
+
+def memory_bytes() -> tuple[int, int]:
+    """This machine's memory, and how much of it a model can use: on a Mac what Metal recommends at most."""
+    import mlx.core as mx
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not mx.metal.is_available():
+        return memory, memory
+    device = (getattr(mx, "device_info", None) or mx.metal.device_info)()
+    return memory, int(device.get("max_recommended_working_set_size") or memory)
+
+
+def check_memory(name: str, weight_bytes: int, force: bool) -> None:
+    """Raise `ChatError` for weights that this machine can't hold."""
+    memory, usable = memory_bytes()
+    if weight_bytes > usable and not force:
+        raise ChatError(
+            f"{name} is too large: {weight_bytes / GIB:.1f} GiB of weights, where this machine has"
+            f" {memory / GIB:.1f} GiB of memory, {usable / GIB:.1f} GiB of it usable for a model. Name a smaller"
+            " or more quantized one, or try it all the same with --force."
+        )
+
+
+def check_disk(name: str, missing_bytes: int) -> None:
+    """Raise `ChatError` where the hub cache has no room for what is still to be downloaded."""
+    import shutil
+
+    folder = hub_cache()
+    there = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(there).free
+    if missing_bytes > free:
+        raise ChatError(
+            f"{name} does not fit on the disk: {missing_bytes / GIB:.1f} GiB are still to be downloaded, where"
+            f" {folder} has {free / GIB:.1f} GiB free. {OTHER_DISK}"
+        )
+
+
+def damage(file: Path) -> str:
+    """What is wrong with a safetensors file, by its size and its header; nothing if it seems whole.
+
+    Older versions of MLX load a file that was cut off without a word, and talk nonsense.
+    """
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            start = stream.tell() + header_bytes
+            if not 0 < header_bytes <= HEADER_BYTES or size < start:
+                return "it is cut off, or no safetensors file"
+            header = read_json(stream.read(header_bytes))
+        ends = [entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"]
+        whole = start + max((end for _, end in ends), default=0)
+        if size < whole:
+            return f"it is cut off: {size} of {whole} bytes are there"
+        return "" if all(0 <= begin <= end for begin, end in ends) else "its header is broken"
+    except OSError as error:
+        return str(error.strerror)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "its header is broken"
+
+
+def mend(folder: Path) -> str:
+    """What to do about broken files in a model folder."""
+    if hub_cache() in folder.parents:
+        return f"Remove {folder.parent.parent}, and it is downloaded again."
+    return f"Put a whole copy of the model into {folder}."
 
 
 def find_model(settings: Settings) -> Path:
     """The folder of the model: the one that was named, or a repository's in the hub cache, downloaded if need be."""
     name = str(settings.model)
     folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
-        return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ChatError(f"There is no folder {name}: name a model folder, or a repository such as {EXAMPLE_MODEL}.")
-    return cached_snapshot(name, settings.revision) or download(name, settings.revision)
+    may_be_repository = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
+    # A name that is too long for a path is none.
+    with contextlib.suppress(OSError):
+        if name and folder.is_dir():
+            return folder
+        may_be_repository = None if folder.exists() else may_be_repository
+    if not may_be_repository:
+        raise ChatError(
+            f"'{shortened(name)}' is no model folder, and can't be the name of a repository: name a folder, or a"
+            f" repository such as {EXAMPLE_MODEL}."
+        )
+    cached = snapshot(name, settings.revision)
+    return cached if is_complete(cached) else download(name, settings)
 
 
-def download(name: str, revision: str | None) -> Path:
-    """Fetch what is missing of a repository into the hub cache, its config.json first. Raises `ChatError`."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from mlx_lm import utils
+def download(name: str, settings: Settings) -> Path:
+    """Fetch what is missing of a repository into the hub cache, its weights last.
 
-    # What mlx-lm's `load` downloads; older versions keep the list inside a function.
-    patterns = getattr(utils, "DEFAULT_ALLOW_PATTERNS", None) or [
-        *("*.json", "model*.safetensors", "*.py", "*.txt", "*.jsonl", "*.jinja"),
-        *("tokenizer.model", "*.tiktoken", "tiktoken.model"),
-    ]
+    Raises `ChatError` for whatever stands in the way, before the weights where it can be known, and on Ctrl+C.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
     try:
-        config = hf_hub_download(name, "config.json", revision=revision)
-        read_model_config(Path(config).parent, name)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        info = HfApi().model_info(
+            name, revision=settings.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        check_files(name, sizes)
+        # By the revision's name, so that the cache notes which commit that is.
+        folder = Path(hf_hub_download(name, "config.json", revision=settings.revision)).parent
+        check_config(name, read_model_config(folder, name), sizes, settings)
+        check_memory(name, sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS)), settings.force)
+        wanted = [file for file in sizes if any(fnmatch.fnmatch(file, pattern) for pattern in DOWNLOADED)]
+        missing = sorted((file for file in wanted if not (folder / file).exists()), key=sizes.__getitem__)
+        check_disk(name, sum(map(sizes.__getitem__, missing)))
+        # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C until
+        # the files that its threads are at are done.
+        for file in missing:
+            hf_hub_download(name, file, revision=folder.name)
     except ChatError:
         raise
+    except KeyboardInterrupt as error:
+        raise ChatError(f"The download of {name} was stopped. {KEPT}", 130) from error
     except Exception as error:
-        raise ChatError(f"{name} could not be downloaded: {one_line(error)}") from error
+        raise ChatError(hub_failure(name, settings.revision, error)) from error
+    return folder
+
+
+def reason(error: BaseException) -> str:
+    """Why a request failed, in the words of the system, which the libraries wrap in layers of their own."""
+    while not (isinstance(error, OSError) and error.strerror):
+        # Also where the libraries say "from None".
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            return one_line(error).rstrip(".")
+        error = inner
+    return error.strerror
+
+
+# What to say of huggingface-hub's errors, by class or else by HTTP status; hundreds stand for all of a kind.
+HUB_FAILURES: dict[str | int, str] = {
+    "GatedRepoError": "{name} is gated: ask for access at {hub}/{name}, then log in with 'hf auth login'.",
+    "RepositoryNotFoundError": "There is no model {name} at {hub}, or it is private: check the name at {hub}/{name},"
+    " or log in with 'hf auth login'.",
+    "RevisionNotFoundError": "{name} has no revision {revision}: {hub}/{name}/tree/main lists its branches and tags.",
+    "HFValidationError": f"'{{name}}' can't be the name of a repository: a name looks like {EXAMPLE_MODEL}.",
+    "OfflineModeIsEnabled": "{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or name"
+    " a model that is here (llmchat alone lists them).",
+    401: "{hub} does not accept the token that is in use: log in again with 'hf auth login', or unset HF_TOKEN.",
+    403: "{hub} refuses to hand out {name}: ask for access at {hub}/{name}, then log in with 'hf auth login'.",
+    429: f"{{hub}} takes no more requests from here for now: wait some minutes, or log in with 'hf auth login'. {KEPT}",
+    500: f"{{hub}} has a problem of its own (status {{status}}), so {{what}} could not be fetched: try later. {KEPT}",
+}
+
+
+def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
+    """What to say to the user of an error in a download."""
+    from huggingface_hub import constants, errors
+
+    # The client says that a file is in the cache neither, where what matters is why it was not fetched.
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__
+    hub, missing = constants.ENDPOINT, missing_weights(snapshot(name, revision))
+    what = f"{missing[0]} of {name}" if missing else name
+    if isinstance(error, errors.RepositoryNotFoundError) and "/" not in name:
+        return f"There is no model {name} at {hub}; did you mean mlx-community/{name}?"
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    for key in [*(kind.__name__ for kind in type(error).__mro__), status, status // 100 * 100]:
+        if key in HUB_FAILURES:
+            return HUB_FAILURES[key].format(name=name, hub=hub, revision=revision, what=what, status=status)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"The disk is too full for {what}. {OTHER_DISK} {KEPT}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} can't be written ({reason(error)}), so {what} can't be fetched. {OTHER_DISK}"
+    return f"{what} could not be fetched from {hub}: {reason(error)}. Check the network. {KEPT}"
 
 
 @contextlib.contextmanager
@@ -504,34 +747,64 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-@quiet()
-def load_model(settings: Settings) -> Model:
-    """Find, check and load the model. Raises `ChatError` for whatever stands in the way."""
-    name = str(settings.model)
-    folder = find_model(settings)
-    config = read_model_config(folder, name)
-    if "model_file" in config and not settings.trust_remote_code:
-        # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
-        raise ChatError(
-            f"{name} wants to run its own code ({config['model_file']}); --trust-remote-code would allow that."
-        )
-    if not weight_files(folder):
-        raise ChatError(f"{name} holds no model*.safetensors: MLX can load no other format.")
-    read_ahead(weight_files(folder))
+def check_folder(name: str, folder: Path, weights: list[Path], settings: Settings) -> dict[str, Any]:
+    """The `config.json` of a folder that can be loaded. Raises `ChatError` where that can't be."""
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+        check_files(name, names)
+        config = read_model_config(folder, name)
+        check_config(name, config, names, settings)
+        check_memory(name, sum(file.stat().st_size for file in weights), settings.force)
+    except OSError as error:
+        raise ChatError(f"{name} can't be read: {one_line(error)}. {mend(folder)}") from error
+    for file in weights:
+        if wrong := damage(file):
+            raise ChatError(f"{file.name} of {name} can't be loaded: {wrong}. {mend(folder)}")
+    return config
 
+
+def load_failure(name: str, folder: Path, error: Exception) -> str:
+    """What to say to the user of an error of mlx-lm's `load`: what is missing, where that is why."""
+    if "trust_remote_code" in str(error):
+        return f"{name} wants to run its own code: if you trust it, --trust-remote-code allows that."
+    if missing := missing_weights(folder):
+        return f"{name} could not be loaded: {missing[0]} is missing. {mend(folder)}"
+    if not any(any(folder.glob(tokenizer)) for tokenizer in TOKENIZERS):
+        return f"{name} could not be loaded: it has no tokenizer ({', '.join(TOKENIZERS[:2])}). {mend(folder)}"
+    return f"{name} could not be loaded: {one_line(error).rstrip('.')}. Its files may be damaged. {mend(folder)}"
+
+
+def load_engine(name: str, folder: Path, settings: Settings) -> tuple[Any, Any]:
+    """The network and the tokenizer in a folder. Raises `ChatError` where mlx-lm can't load them."""
     import mlx_lm
 
+    adapter = settings.adapter
+    if adapter and not (Path(adapter) / "adapters.safetensors").exists():
+        raise ChatError(f"There is no adapter in {adapter}: name a folder that holds an adapters.safetensors.")
     trust = {"trust_remote_code": settings.trust_remote_code}
     if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
         loading: dict[str, Any] = {"tokenizer_config": trust, **trust}
     else:
         loading = {"tokenizer_config": trust}
     try:
-        net, tokenizer = mlx_lm.load(str(folder), adapter_path=settings.adapter, **loading)[:2]
+        net, tokenizer = mlx_lm.load(str(folder), adapter_path=adapter, **loading)[:2]
     except Exception as error:
-        raise ChatError(f"{name} could not be loaded: {one_line(error)}") from error
+        raise ChatError(load_failure(name, folder, error)) from error
+    return net, tokenizer
+
+
+@quiet()
+def load_model(settings: Settings) -> Model:
+    """Find, check and load the model. Raises `ChatError` for whatever stands in the way."""
+    name = str(settings.model)
+    folder = find_model(settings)
+    files = sorted(folder.glob(WEIGHTS))
+    read_ahead(files)
+    config = check_folder(name, folder, files, settings)
+    net, tokenizer = load_engine(name, folder, settings)
     if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
-        raise ChatError(f"{name} has no chat template, so it can't hold a conversation; try {instruct_sibling(name)}.")
+        other = instruct_sibling(name) if hub_cache() in folder.parents else EXAMPLE_MODEL
+        raise ChatError(f"{name} has no chat template, so it can't hold a conversation; try {other}.")
     return Model(name, net, tokenizer, context_length(config))
 
 
