@@ -10,6 +10,9 @@ a wrong one.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import hashlib
+import http.server
 import importlib
 import io
 import json
@@ -21,10 +24,14 @@ import re
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import termios
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -635,31 +642,6 @@ def edit_config(**changes: object):
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
     return change
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json of {model} can't be read"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds no model*.safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "could not be loaded"),
-        (edit_config(model_type="no_such_type"), "Model type no_such_type not supported"),
-        (edit_config(model_file="run_me.py"), "wants to run its own code (run_me.py)"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{"), "could not be loaded"),
-        (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template, so it can't"),
-    ],
-)
-def test_a_model_that_does_not_load_is_one_sentence(
-    change, complaint: str, demo: str, environment: dict[str, str], tmp_path: Path
-) -> None:
-    model = broken(tmp_path / "broken", demo, change)
-    done = run(environment, model)
-    assert done.stdout.decode() == f"Loading model {model}...\n"
-    (message,) = done.stderr.decode().splitlines()
-    assert message.startswith("llmchat: error: ")
-    assert complaint.format(model=model) in message
-    assert done.returncode == 1
 
 
 def test_a_model_that_is_nowhere_is_one_sentence(environment: dict[str, str]) -> None:
@@ -1996,3 +1978,594 @@ def test_a_history_that_can_not_be_used_is_a_warning(case: str, environment: dic
         assert got(screen, "two\r") == "3 'two'"
         assert got(screen, UP + UP + "\r") == "3 'one'"
         assert screen.output.count("Prompts are not kept for another day") == 1
+
+
+# --------------------------------------------------------------------------------------- Loading
+
+
+class Hub:
+    """A hub on 127.0.0.1 as far as the client needs one, which counts requests and fails when it is told to."""
+
+    COMMIT = "c0ffee" + "0" * 34
+
+    def __init__(self) -> None:
+        # Of each repository: its files by name, or the size of one that is only claimed to be there.
+        self.repositories: dict[str, dict[str, bytes | int]] = {}
+        # By repository, or by repository and file: a status and error code to answer, or "cut" or "stall".
+        self.faults: dict[str, tuple[int, str] | str] = {}
+        self.requests: list[str] = []
+        self.stalled = threading.Event()
+        self._resume = threading.Event()
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                hub.answer(self)
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self._resume.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def put(self, name: str, folder: str | Path, **claimed: int) -> None:
+        """Publish a model folder; `claimed` are sizes of files by stem that are not what they are."""
+        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        sizes = {path.name: claimed[path.stem] for path in Path(folder).iterdir() if path.stem in claimed}
+        self.repositories[name] = {**files, **sizes}
+
+    def fetched(self, pattern: str = r"GET .*\.safetensors") -> list[str]:
+        """The names of the files that were asked for since the last time."""
+        names = [request.rpartition("/")[2] for request in self.requests if re.match(pattern, request)]
+        self.requests.clear()
+        return names
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        path = handler.path.partition("?")[0]
+        self.requests.append(f"{handler.command} {path}")
+        match = re.fullmatch(r"/api/models/(?P<name>.+?)(/revision/(?P<revision>.+))?", path) or re.fullmatch(
+            r"/(?P<name>.+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path
+        )
+        found = match.groupdict() if match else {}
+        name, revision, file = (found.get(key) for key in ("name", "revision", "file"))
+        fault = self.faults.get(f"{name}/{file}" if file else name)
+        if fault == "stall":
+            self.stalled.set()
+            self._resume.wait(60)
+            handler.close_connection = True
+        elif isinstance(fault, tuple):
+            self._send(handler, *fault)
+        elif name not in self.repositories:
+            self._send(handler, 404, "RepoNotFound")
+        elif revision not in (None, "main", "dev", self.COMMIT):
+            self._send(handler, 404, "RevisionNotFound")
+        elif file is None:
+            self._send(handler, 200, body=json.dumps(self._about(name)).encode())
+        elif file not in self.repositories[name]:
+            self._send(handler, 404, "EntryNotFound")
+        else:
+            self._send(handler, 200, body=self.repositories[name][file], cut=fault == "cut")
+
+    def _about(self, name: str) -> dict[str, object]:
+        files = self.repositories[name].items()
+        sizes = {file: body if isinstance(body, int) else len(body) for file, body in files}
+        siblings = [{"rfilename": file, "size": size, "blobId": file} for file, size in sizes.items()]
+        return {"id": name, "modelId": name, "sha": self.COMMIT, "siblings": siblings, "tags": [], "private": False}
+
+    def _send(self, handler, status: int, code: str = "", body: bytes = b"", cut: bool = False) -> None:
+        start = int(re.sub(r"\D", "", handler.headers.get("Range", "")) or 0)
+        handler.send_response(206 if start else status)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if code:
+            handler.send_header("X-Error-Code", code)
+        handler.send_header("X-Repo-Commit", self.COMMIT)
+        handler.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        handler.send_header("Accept-Ranges", "bytes")
+        handler.send_header("Content-Length", str(len(body) - start))
+        handler.end_headers()
+        if handler.command == "GET":
+            # A cut connection comes with half of the file, then with nothing.
+            handler.wfile.write(body[start : (len(body) // 2 if cut else None)])
+            handler.close_connection = handler.close_connection or cut
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def online(environment: dict[str, str], hub: Hub) -> dict[str, str]:
+    """The same machine with a network, which has nothing but the hub in it."""
+    kept = {key: value for key, value in environment.items() if key != "HF_HUB_OFFLINE"}
+    timeouts = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    return {**kept, **timeouts, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+
+
+def fork_each() -> None:
+    """Run `llmchat.main` with each of the lists of arguments on standard input, in a fork of this process.
+
+    The libraries are imported once, before; MLX computes nothing until then, since its threads don't
+    outlive a fork. Prints a list of statuses (negative: a signal, -9 also after 20 s) and output.
+    """
+    # Not mlx_lm itself, which opens a stream when it is imported: with an older MLX that is a thread.
+    for library in ("transformers.models.auto.tokenization_auto", "huggingface_hub.hf_api", "mlx.nn"):
+        importlib.import_module(library)
+    cases, results = json.load(sys.stdin), []
+    for arguments in cases:
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            pid = os.fork()
+            if pid == 0:
+                for fd, target in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
+                    os.dup2(target, fd)
+                status = 99
+                try:
+                    status = llmchat.main(arguments)
+                except BaseException:
+                    traceback.print_exc()
+                sys.stdout.flush()
+                os._exit(status)
+            deadline = time.monotonic() + 20
+            while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.005)
+            status = os.WEXITSTATUS(ended[1]) if os.WIFEXITED(ended[1]) else -os.WTERMSIG(ended[1])
+            texts = [os.pread(file.fileno(), 1 << 20, 0).decode() for file in (stdout, stderr)]
+            results.append([status, *texts])
+    print(json.dumps(results))
+
+
+def main_in_forks(environment: dict[str, str], *cases: list[str]) -> list[tuple[int, str, str]]:
+    """Status, standard output and standard error of the program for each list of arguments."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_llmchat; test_llmchat.fork_each()"],
+        input=json.dumps(cases).encode(),
+        capture_output=True,
+        env={**environment, "PYTHONPATH": str(HERE)},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return [tuple(result) for result in json.loads(done.stdout)]
+
+
+def the_sentence(result: tuple[int, str, str], status: int = 1) -> str:
+    """What a failed start said on standard error, which must be one line."""
+    assert result[0] == status, result
+    (line,) = result[2].splitlines()
+    assert line.startswith("llmchat: error: ")
+    return line[len("llmchat: error: ") :]
+
+
+def split_in_two(folder: Path) -> None:
+    """Make two shards and their index of a model's weights."""
+    import mlx.core as mx
+
+    weights = mx.load(str(folder / "model.safetensors"))
+    names = [f"model-{n:05}-of-00002.safetensors" for n in (1, 2)]
+    # The output matrix comes last, so that the larger part is in the second.
+    keys = sorted(weights)
+    parts = [keys[: len(keys) // 3], keys[len(keys) // 3 :]]
+    for name, part in zip(names, parts):
+        mx.save_safetensors(str(folder / name), {key: weights[key] for key in part})
+    index = {"weight_map": {key: name for name, part in zip(names, parts) for key in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.fixture(scope="session")
+def sharded(demo: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with its weights in two files."""
+    folder = Path(broken(tmp_path_factory.mktemp("models") / "sharded", demo, split_in_two))
+    edit_config(architectures=["LlamaForCausalLM"])(folder)
+    return folder
+
+
+def test_what_the_hub_refuses_is_one_sentence(demo: str, hub: Hub, online: dict[str, str]) -> None:
+    for name in ("own/model", "own/gated", "own/gated-too"):
+        hub.put(name, demo)
+    hub.faults = {
+        "own/private": (401, "RepoNotFound"),
+        "own/gated/config.json": (401, "GatedRepo"),
+        "own/gated-too": (403, "GatedRepo"),
+        "own/forbidden": (403, ""),
+        "own/busy": (429, ""),
+        "own/down": (500, ""),
+        "own/away": (503, ""),
+        "own/silent": "stall",
+    }
+    login = "log in with 'hf auth login'."
+    private = f"at {hub.url}, or it is private: check the name at {hub.url}/"
+    kept = "Every finished file is kept; run the same command again to fetch the rest."
+    sentences = {
+        "Llama-3.2-3B": f"There is no model Llama-3.2-3B at {hub.url}; did you mean mlx-community/Llama-3.2-3B?",
+        "own/nothing": f"There is no model own/nothing {private}own/nothing, or {login}",
+        "own/private": f"There is no model own/private {private}own/private, or {login}",
+        "own/gated": f"own/gated is gated: ask for access at {hub.url}/own/gated, then {login}",
+        "own/gated-too": f"own/gated-too is gated: ask for access at {hub.url}/own/gated-too, then {login}",
+        "own/forbidden": f"{hub.url} refuses to hand out own/forbidden: ask for access at {hub.url}/own/forbidden,"
+        f" then {login}",
+        "own/busy": f"{hub.url} takes no more requests from here for now: wait some minutes, or {login} {kept}",
+        "own/down": f"{hub.url} has a problem of its own (status 500), so own/down could not be fetched: try later."
+        f" {kept}",
+        "own/away": f"{hub.url} has a problem of its own (status 503), so own/away could not be fetched: try later."
+        f" {kept}",
+        "own/silent": f"own/silent could not be fetched from {hub.url}: timed out. Check the network. {kept}",
+        "": "'' is no model folder, and can't be the name of a repository: name a folder, or a repository such as ",
+        "own/--name": "'own/--name' is no model folder",
+        "x" * 300 + "\x1b": f"'{'x' * 299}…' is no model folder",
+        "own/na--me": "'own/na--me' can't be the name of a repository: a name looks like mlx-community/Llama-3.2-3B-",
+    }
+    revisions = [["own/model", "--revision", revision] for revision in ("no", "x" * 300)]
+    *results, unknown, too_long = main_in_forks(online, *([name] for name in sentences), *revisions)
+    for (name, sentence), result in zip(sentences.items(), results):
+        assert the_sentence(result).startswith(sentence), name
+        assert result[1] == f"Loading model {llmchat.cleaned(name)}...\n"
+    where = f"{hub.url}/own/model/tree/main lists its branches and tags."
+    assert the_sentence(unknown) == f"own/model has no revision no: {where}"
+    assert the_sentence(too_long) == f"own/model has no revision {'x' * 300}: {where}"
+    assert hub.fetched() == []
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "why"),
+    [("http://127.0.0.1:9", "Connection refused"), ("http://nowhere.invalid", r"[\w ]*[Nn]ame[\w ]*")],
+)
+def test_without_a_network_a_download_is_one_sentence(endpoint: str, why: str, online: dict[str, str]) -> None:
+    done = run({**online, "HF_ENDPOINT": endpoint}, "own/model")
+    assert done.returncode == 1
+    kept = "Every finished file is kept; run the same command again to fetch the rest."
+    expected = f"own/model could not be fetched from {endpoint}: {why}. Check the network. {kept}\n"
+    assert re.fullmatch(f"llmchat: error: {expected}", done.stderr.decode())
+
+
+def test_what_can_be_known_is_said_before_the_weights_come(demo: str, hub: Hub, online: dict[str, str]) -> None:
+    weights = "model.safetensors"
+    vision = {"model_type": "clip", "vision_config": {}}
+    for name, config, files in [
+        ("own/Model-GGUF", {}, {"Model-Q4_K_M.gguf": 9, weights: None, "config.json": None}),
+        ("own/torch", {}, {"pytorch_model.bin": 9, weights: None}),
+        ("own/empty", {}, {weights: None}),
+        ("own/unknown", {"model_type": "brandnew"}, {}),
+        ("own/vision", vision, {}),
+        ("own/bert", {"model_type": "bert", "architectures": ["BertModel"]}, {}),
+        ("own/qwen-embedding", {"architectures": ["LlamaForCausalLM"]}, {"modules.json": b"[]"}),
+        ("own/code", {"model_file": "run_me.py"}, {"run_me.py": b"open('ran', 'w')"}),
+        ("own/large", {}, {weights: 1 << 50}),
+    ]:
+        hub.put(name, demo)
+        repository = hub.repositories[name]
+        repository.update({"config.json": json.dumps({**json.loads(repository["config.json"]), **config}).encode()})
+        repository.update(files)
+        hub.repositories[name] = {file: body for file, body in repository.items() if body is not None}
+    sentences = {
+        "own/Model-GGUF": "own/Model-GGUF holds its weights as GGUF files, where MLX needs model*.safetensors:"
+        " mlx-community/Model-4bit may hold the same model.",
+        "own/torch": "own/torch holds its weights as PyTorch files, where MLX needs model*.safetensors:"
+        " mlx-community/torch-4bit may hold the same model.",
+        "own/empty": "own/empty holds no model*.safetensors: MLX can load no other format. Name another model.",
+        "own/unknown": r"own/unknown is of type brandnew, which mlx-lm [\d.]+ doesn't know; a newer mlx-lm may (and"
+        " the newest may need a newer Python): update it, or name another model.",
+        "own/vision": r"own/vision is of type clip, which mlx-lm [\d.]+ doesn't know; it is a model for images: name a"
+        " language model such as mlx-community/Llama-3.2-3B-Instruct-4bit.",
+        "own/bert": "own/bert is made for embeddings or labels, not for talking: name a chat model such as"
+        " mlx-community/Llama-3.2-3B-Instruct-4bit, or try it all the same with --force.",
+        "own/qwen-embedding": "own/qwen-embedding is made for embeddings or labels, not for talking: ",
+        "own/code": "own/code wants to run its own code (run_me.py): if you trust it, --trust-remote-code allows that.",
+        "own/large": r"own/large is too large: 1048576.0 GiB of weights, where this machine has [\d.]+ GiB of memory,"
+        r" [\d.]+ GiB of it usable for a model. Name a smaller or more quantized one, or try it all the same with",
+    }
+    results = main_in_forks(online, *([name] for name in sentences), ["own/large", "--force"])
+    for sentence, result in zip(sentences.values(), results):
+        pattern = re.escape(sentence).replace(r"\[\\d\.\]\+", r"[\d.]+")
+        assert re.match(pattern, the_sentence(result)), result
+    assert re.fullmatch(
+        r"own/large does not fit on the disk: 1048576.0 GiB are still to be downloaded, where \S+/hub has [\d.]+ GiB"
+        r" free. Make room for it, or set HF_HOME to a folder on another disk.",
+        the_sentence(results[-1]),
+    )
+    assert hub.fetched() == []
+
+
+def test_a_model_is_downloaded_once_and_then_needs_no_hub(demo: str, hub: Hub, online: dict[str, str]) -> None:
+    hub.put("own/model", demo)
+    say_hello = ["own/model", "-p", "Say hello."]
+    said = (0, DEMO[-1][0].answer + "\n", "")
+    assert main_in_forks(online, say_hello) == [said]
+    assert hub.fetched() == ["model.safetensors"]
+    by_commit = [*say_hello, "--revision", hub.COMMIT]
+    assert main_in_forks(online, say_hello, by_commit) == [said, said]
+    assert hub.requests == []
+    # Another branch that is at the same commit: the hub is asked where it is, and nothing else.
+    branch = [*say_hello, "--revision", "dev"]
+    assert main_in_forks(online, branch, branch) == [said, said]
+    assert hub.fetched("GET .*/resolve/") == []
+    hub.close()
+    whole, damaged = (hub_cache(online) / f"models--own--{name}" for name in ("model", "damaged"))
+    shutil.copytree(whole, damaged, symlinks=True)
+    os.truncate(damaged / "snapshots" / hub.COMMIT / "model.safetensors", 5000)
+    *results, broken = main_in_forks(online, say_hello, by_commit, branch, ["own/damaged"])
+    assert results == [said, said, said]
+    assert the_sentence(broken).endswith(f" bytes are there. Remove {damaged}, and it is downloaded again.")
+
+
+def hub_cache(environment: dict[str, str]) -> Path:
+    """Where the hub's client keeps models on this machine."""
+    return Path(environment["HOME"]) / ".cache/huggingface/hub"
+
+
+def test_a_download_shows_its_progress_on_a_terminal(demo: str, hub: Hub, online: dict[str, str]) -> None:
+    hub.put("own/model", demo)
+    with Screen(online, "own/model") as screen:
+        # tqdm writes nothing on a terminal without columns, which is how a new one starts.
+        fcntl.ioctl(screen.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        screen.expect(r"model\.safetensors: +100%")
+        screen.expect("Model loaded successfully!")
+
+
+def test_a_download_that_was_cut_goes_on_with_the_rest(sharded: Path, hub: Hub, online: dict[str, str]) -> None:
+    hub.put("own/model", sharded)
+    second = "model-00002-of-00002.safetensors"
+    hub.faults = {f"own/model/{second}": "cut"}
+    cut = run(online, "own/model")
+    message = cut.stderr.decode()
+    assert cut.returncode == 1
+    assert message.startswith(f"llmchat: error: {second} of own/model could not be fetched from {hub.url}: ")
+    assert message.endswith(
+        " Check the network. Every finished file is kept; run the same command again to fetch the rest.\n"
+    )
+    assert len(message.splitlines()) == 1
+    hub.fetched()
+    hub.faults = {"own/model": (503, "")}
+    assert f"so {second} of own/model could not be fetched: try later." in run(online, "own/model").stderr.decode()
+    offline = run({**online, "HF_HUB_OFFLINE": "1"}, "own/model")
+    assert f"{second} of own/model is not in the cache, and HF_HUB_OFFLINE" in offline.stderr.decode()
+    hub.faults = {}
+    done = run(online, "own/model", "-p", "Say hello.")
+    assert (done.stdout.decode(), done.stderr) == (DEMO[-1][0].answer + "\n", b"")
+    assert hub.fetched("GET .*/resolve/") == [second]
+
+
+def test_ctrl_c_in_a_download_says_what_is_kept(sharded: Path, hub: Hub, online: dict[str, str]) -> None:
+    hub.put("own/model", sharded)
+    hub.faults = {"own/model/model-00002-of-00002.safetensors": "stall"}
+    patient = {**online, "HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+    # A script that runs the tests in the background has SIGINT ignored, and so would the program. What is
+    # handled here is not ignored there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [*PROGRAM, "own/model"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=patient, cwd=patient["HOME"]
+    )
+    signal.signal(signal.SIGINT, before)
+    try:
+        assert hub.stalled.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=5)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130
+    assert stderr.decode() == (
+        "llmchat: error: The download of own/model was stopped. Every finished file is kept; run the same command"
+        " again to fetch the rest.\n"
+    )
+    hub.faults = {}
+    hub.fetched()
+    assert run(online, "own/model", "-p", "Say hello.").returncode == 0
+    assert hub.fetched() == ["model-00002-of-00002.safetensors"]
+
+
+def test_a_full_disk_is_one_sentence(demo: str, hub: Hub, online: dict[str, str]) -> None:
+    hub.put("own/model", demo)
+    limited = ["sh", "-c", 'ulimit -f 2048 && exec "$@"', "sh", *PROGRAM]
+    done = subprocess.run([*limited, "own/model"], capture_output=True, env=online, cwd=online["HOME"], check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        "llmchat: error: The disk is too full for own/model. Make room for it, or set HF_HOME to a folder on another"
+        " disk. Every finished file is kept; run the same command again to fetch the rest.\n"
+    )
+
+
+def cut_off(file: str, length: int):
+    """A change that keeps only the beginning of a file."""
+    return lambda folder: os.truncate(folder / file, length)
+
+
+def lose(*files: str):
+    """A change that takes files away."""
+    return lambda folder: [(folder / file).unlink() for file in files]
+
+
+def own_tokenizer(folder: Path) -> None:
+    lose("tokenizer.json")(folder)
+    auto_map = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    own = {"auto_map": auto_map, "tokenizer_class": "OwnTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "tokenization_own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
+def own_network(folder: Path) -> None:
+    edit_config(model_file="run_me.py")(folder)
+    (folder / "run_me.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
+def unreadable(file: str):
+    """A change that makes a file nothing that can be read, also not by root."""
+
+    def change(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).symlink_to(file)
+
+    return change
+
+
+def too_large(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1 << 42)
+
+
+WHOLE_COPY = " Put a whole copy of the model into {model}."
+LOCAL_FAILURES = {
+    "no config": (lose("config.json"), "{model} has no config.json: name the folder of a model, or a Hugging Face"),
+    "no weights": (lose("model.safetensors"), "{model} holds no model*.safetensors: MLX can load no other format."),
+    "half the weights": (
+        cut_off("model.safetensors", 5000),
+        "model.safetensors of {model} can't be loaded: it is cut off: 5000 of \\d+ bytes are there." + WHOLE_COPY,
+    ),
+    "half a header": (
+        cut_off("model.safetensors", 50),
+        "model.safetensors of {model} can't be loaded: it is cut off, or no safetensors file." + WHOLE_COPY,
+    ),
+    "garbage": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\x09" + bytes(7) + b"x" * 99),
+        "model.safetensors of {model} can't be loaded: its header is broken." + WHOLE_COPY,
+    ),
+    "wrong shapes": (
+        edit_config(hidden_size=256),
+        "{model} could not be loaded: .*shape.*. Its files may be damaged." + WHOLE_COPY,
+    ),
+    "a type of today": (edit_config(model_type="brandnew"), "{model} is of type brandnew, which mlx"),
+    "broken JSON": (cut_off("config.json", 20), "config.json of {model} can't be read: .*char.*." + WHOLE_COPY),
+    "deep JSON": (
+        lambda folder: (folder / "config.json").write_text("[" * 100_000),
+        "config.json of {model} can't be read: it is nested too deeply." + WHOLE_COPY,
+    ),
+    "no type": (edit_config(model_type=None), "config.json of {model} names no model_type, so this"),
+    "no tokenizer": (
+        lose("tokenizer.json", "tokenizer_config.json"),
+        "{model} could not be loaded: it has no tokenizer (tokenizer.json, tokenizer.model)." + WHOLE_COPY,
+    ),
+    "broken tokenizer": (
+        cut_off("tokenizer.json", 99),
+        "{model} could not be loaded: Failed to parse tokenizer.json: .*. Its files may be damaged." + WHOLE_COPY,
+    ),
+    "own tokenizer": (
+        own_tokenizer,
+        "{model} wants to run its own code: if you trust it, --trust-remote-code allows that.",
+    ),
+    "own network": (
+        own_network,
+        "{model} wants to run its own code (run_me.py): if you trust it, --trust-remote-code allows that.",
+    ),
+    "unreadable weights": (
+        unreadable("model.safetensors"),
+        "{model} can't be read: .*model.safetensors'." + WHOLE_COPY,
+    ),
+    "unreadable config": (
+        unreadable("config.json"),
+        "config.json of {model} can't be read: .*symbolic links.*config.json'." + WHOLE_COPY,
+    ),
+    "no template": (lose("chat_template.jinja"), "{model} has no chat template, so it can't hold a conversation; try"),
+    "too large": (too_large, "{model} is too large: 4096.0 GiB of weights, where this machine has"),
+    "GGUF": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf"),
+        "{model} holds its weights as GGUF files, where MLX needs model*.safetensors: mlx-community/",
+    ),
+    "a shard is missing": (
+        lambda folder: [split_in_two(folder), lose("model-00001-of-00002.safetensors")(folder)],
+        "{model} could not be loaded: model-00001-of-00002.safetensors is missing." + WHOLE_COPY,
+    ),
+    "embeddings": (
+        edit_config(architectures=["LlamaModel"]),
+        "{model} is made for embeddings or labels, not for talking: name a chat model such as ",
+    ),
+}
+
+
+def test_a_folder_that_can_not_be_loaded_is_one_sentence(
+    demo: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    models = {case: broken(tmp_path / case.replace(" ", "-"), demo, LOCAL_FAILURES[case][0]) for case in LOCAL_FAILURES}
+    raising = broken(
+        tmp_path / "raising",
+        demo,
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ raise_exception(1) }}"),
+    )
+    forced = [models["embeddings"], "--force"]
+    no_adapter = [demo, "--adapter", str(tmp_path / "nowhere")]
+    cases = [*([model] for model in models.values()), forced, [raising, "-p", "Hi"], no_adapter]
+    *results, started, template, adapter = main_in_forks(environment, *cases)
+    for (case, model), result in zip(models.items(), results):
+        pattern = re.escape(LOCAL_FAILURES[case][1]).replace(r"\.\*", ".*").replace(r"\\d\+", r"\d+")
+        assert re.match(pattern.replace(re.escape("{model}"), re.escape(model)), the_sentence(result)), (case, result)
+        assert len(the_sentence(result)) < 700
+        assert not Path(model, "ran").exists()
+    assert started[0] == 0
+    assert the_sentence(template).startswith(f"The chat template of {raising} can't render this conversation: ")
+    assert the_sentence(adapter).startswith("There is no adapter in ")
+
+
+STRANGE_VALUES = [
+    *(None, True, False, 0, -1, 1, 3, 0.5, 1e300, 10**9, 10**12, 10**30, float("nan")),
+    *("", "x", "../x", "\0", "\ud800", "x" * 5000, "{{", [], [None], [[]], {}, {"x": None}),
+]
+
+
+def mutate_json(value: object, chance: random.Random) -> object:
+    """The value with something strange at a random place in it."""
+    if not value or not isinstance(value, (dict, list)) or chance.random() < 0.1:
+        return chance.choice(STRANGE_VALUES)
+    changed = value.copy()
+    key = chance.choice(list(value)) if isinstance(value, dict) else chance.randrange(len(value))
+    if chance.random() < 0.1:
+        del changed[key]
+    else:
+        changed[key] = mutate_json(value[key], chance)
+    return changed
+
+
+def mutate(folder: Path, chance: random.Random) -> str:
+    """Spoil a model folder at random; returns what was done."""
+    kind = chance.choice(["bytes", "truncate", "delete", "swap", "json", "json", "json", "header"])
+    files = sorted(folder.iterdir())
+    if kind in ("json", "header"):
+        files = [file for file in files if file.suffix == (".json" if kind == "json" else ".safetensors")]
+    file, other = chance.sample(files, 2)
+    if kind == "delete":
+        file.unlink()
+    elif kind == "swap":
+        content = file.read_bytes()
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    elif kind == "truncate":
+        os.truncate(file, chance.randrange(file.stat().st_size))
+    elif kind == "json":
+        file.write_text(json.dumps(mutate_json(json.loads(file.read_text()), chance)))
+    else:
+        content = bytearray(file.read_bytes())
+        for _ in range(chance.choice([1, 4, 64])):
+            content[chance.randrange(min(len(content), 2500 if kind == "header" else 1 << 40))] = chance.randrange(256)
+        file.write_bytes(content)
+    return f"{kind} {file.name}"
+
+
+@pytest.mark.parametrize("cases", [15, pytest.param(300, marks=pytest.mark.stress)])
+def test_a_spoilt_model_loads_or_is_one_sentence(
+    cases: int, sharded: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    for batch in range(0, cases, 50):
+        folders = {seed: tmp_path / str(seed) for seed in range(batch, min(cases, batch + 50))}
+        done = [mutate(shutil.copytree(sharded, folder), random.Random(seed)) for seed, folder in folders.items()]
+        for what, result in zip(done, main_in_forks(environment, *([str(folder)] for folder in folders.values()))):
+            status, stdout, stderr = result
+            if status:
+                assert len(the_sentence(result)) < 1000, what
+            else:
+                assert stdout.endswith("Model loaded successfully!\n\nprompt -> \nGoodbye!\n"), what
+                assert stderr == "", what
+        for folder in folders.values():
+            shutil.rmtree(folder)
