@@ -729,7 +729,7 @@ def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"The disk is too full for {what}. {OTHER_DISK} {KEPT}"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename} can't be written ({reason(error)}), so {what} can't be fetched. {OTHER_DISK}"
+        return f"{error.filename} can't be used ({reason(error)}): set HF_HOME to a folder that you can write to."
     return f"{what} could not be fetched from {hub}: {reason(error)}. Check the network. {KEPT}"
 
 

@@ -2381,6 +2381,15 @@ def test_a_full_disk_is_one_sentence(demo: str, hub: Hub, online: dict[str, str]
     )
 
 
+def test_a_cache_that_can_not_be_written_is_one_sentence(demo: str, hub: Hub, online: dict[str, str]) -> None:
+    hub.put("own/model", demo)
+    home = Path(online["HOME"], "a file")
+    home.touch()
+    (result,) = main_in_forks({**online, "HF_HOME": str(home)}, ["own/model"])
+    expected = rf"{home}\S* can't be used \(Not a directory\): set HF_HOME to a folder that you can write to\."
+    assert re.fullmatch(expected, the_sentence(result))
+
+
 def cut_off(file: str, length: int):
     """A change that keeps only the beginning of a file."""
     return lambda folder: os.truncate(folder / file, length)
