@@ -43,6 +43,9 @@ import pytest
 import llmchat
 from llmchat import ChatError, Conversation, Piece, PromptCache, Settings, ThoughtSplitter
 
+# A test run that was started in the background ignores SIGINT, and so would every program it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).parent
 PROGRAM = [sys.executable, str(HERE / "llmchat.py")]
 
