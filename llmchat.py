@@ -2246,6 +2246,13 @@ def leave(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
+def open_closed_streams() -> None:
+    """Stand in for standard streams that were closed, in the order in which they get their numbers back."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the one place where errors become exit statuses."""
     if sys.version_info < (3, 9):
@@ -2253,7 +2260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+        # Under nohup, SIGHUP is to be ignored.
+        if handlers[number] is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    open_closed_streams()
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, Path(os.path.expanduser("~")) / HISTORY_FILE)
     try:
         settings = read_settings(argv)
@@ -2266,10 +2276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Nobody reads on; Python's own flush at exit must not say so either.
+    except OSError as error:
+        # Python's own flush at exit must not fail once more on a standard output that is gone, or full.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        terminal.error(f"The session can't be read or written any more: {one_line(error)}.")
+        return 1
     finally:
         terminal.close()
         for number, handler in handlers.items():

@@ -724,11 +724,26 @@ def test_the_package_holds_the_module_and_two_names_for_it() -> None:
     assert package.version == llmchat.__version__
 
 
-def test_a_closed_standard_output_ends_quietly(demo: str, environment: dict[str, str]) -> None:
-    command = f"echo Count. | '{PROGRAM[0]}' '{PROGRAM[1]}' '{demo}' | head -1"
+@pytest.mark.parametrize(
+    ("redirected", "output", "errors", "status"),
+    [
+        ("| head -1", "Loading model {model}...\n", "", 0),
+        ("< /dev/null", "{start}\nprompt -> \nGoodbye!\n", "", 0),
+        ("<&-", "{start}\nprompt -> \nGoodbye!\n", "", 0),
+        (">&-", "", "", 0),
+        ("2>&-", "{start}\nprompt -> Say hello.\n{reply}\n\nprompt -> \nGoodbye!\n", "", 0),
+        ("> /dev/full", "", "llmchat: error: The session can't be read or written any more: [Errno 28] No space", 1),
+    ],
+)
+def test_standard_streams_of_all_kinds(
+    redirected: str, output: str, errors: str, status: int, demo: str, environment: dict[str, str]
+) -> None:
+    command = f"echo Say hello. | '{PROGRAM[0]}' '{PROGRAM[1]}' '{demo}' {redirected}"
     done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=60, check=False)
-    assert done.stdout.decode() == f"Loading model {demo}...\n"
-    assert done.stderr == b""
+    start = f"Loading model {demo}...\nModel loaded successfully!\n"
+    assert done.stdout.decode() == output.format(start=start, model=demo, reply=DEMO[-1][0].answer)
+    assert done.stderr.decode().startswith(errors) and done.stderr.count(b"\n") == bool(errors)
+    assert done.returncode == status
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
