@@ -503,6 +503,37 @@ def test_nothing_reaches_the_terminal_that_could_drive_it() -> None:
     assert llmchat.cleaned("schön 👋🏽 שלום\u200f") == "schön 👋🏽 שלום\u200f"
 
 
+WICKED = {
+    "CSI": "\x1b[2J\x1b[31;1mred",
+    "OSC 8": "\x1b]8;;http://evil\x1b\\\\click\x1b]8;;\x07",
+    "OSC 52": "\x1b]52;c;cm0gLXJm\x07",
+    "DCS": "\x1bP+q544e\x1b\\\\",
+    "C0": "\x00\x05\x07\x08\x0b\x0c\r\x0e\x0f\x1a\x1c",
+    "DEL": "a\x7f\x7fb",
+    "C1": "".join(map(chr, range(0x80, 0xA0))) + "31m",
+    "bidi": "\u202a\u202b\u202c\u202d\u202eexe.txt\u2066\u2067\u2068\u2069",
+}
+
+
+@pytest.mark.parametrize("kind", WICKED)
+def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split(kind: str) -> None:
+    text = f"Look: {WICKED[kind]} there"
+    shown = set()
+    for place in range(len(text) + 1):
+        stdout, stderr = io.StringIO(), io.StringIO()
+        terminal = llmchat.Terminal(io.StringIO(), stdout, stderr)
+        for part in (text[:place], text[place:]):
+            terminal.show(Piece("answer", part))
+        terminal.end_reply()
+        terminal.error(text)
+        terminal.note(text)
+        shown.add(stdout.getvalue())
+        for output in (stdout.getvalue(), stderr.getvalue()):
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", output)
+    assert len(shown) == 1
+    assert re.fullmatch("Look: .* there\n", *shown)
+
+
 def test_the_likely_instruct_sibling() -> None:
     assert llmchat.instruct_sibling("mlx-community/Llama-3.2-3B-4bit") == "mlx-community/Llama-3.2-3B-Instruct-4bit"
     assert llmchat.instruct_sibling("Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B-Instruct"
@@ -914,6 +945,7 @@ FAMILY_CONVERSATIONS = [
         Turn("Who are you?", "A pirate, arr!", "Look at the flag."),
     ],
     turns(("What is my name?", "You have not told me your name.")),
+    [Turn("My name is Ada.", "Hi Ada.", given=True), Turn("What is my name?", "It is Ada.", "They say: What")],
 ]
 
 
@@ -940,7 +972,7 @@ class Counting:
 def family_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> llmchat.Model:
     """A model of each family, loaded as the program loads it."""
     folder = tmp_path_factory.mktemp("models") / request.param
-    build_model(folder, FAMILIES[request.param], FAMILY_CONVERSATIONS, hidden=576)
+    build_model(folder, FAMILIES[request.param], FAMILY_CONVERSATIONS, hidden=640)
     return dataclasses.replace(llmchat.load_model(Settings(model=str(folder))), name=request.param)
 
 
@@ -1186,6 +1218,19 @@ def test_a_thought_that_was_cut_is_closed_before_the_next_turn(family_model: llm
     if conversation._format is not llmchat.NO_THOUGHTS:
         assert conversation.messages[-1]["content"].endswith("They s")
         assert "They s" not in text
+
+
+def test_what_is_left_of_a_conversation_is_right_when_its_first_turn_is_left_out(counting: llmchat.Model) -> None:
+    hello, name, question = FAMILY_CONVERSATIONS[3]
+    conversation = start(counting)
+    check(conversation, hello, name)
+    prompt = rendered(conversation, question.prompt)
+    conversation._model.context_length = int(len(prompt) * 1.32)
+    pieces = list(conversation.reply(question.prompt))
+    assert pieces[0].text.startswith("The first turn no longer fits the model's")
+    assert "".join(piece.text for piece in pieces if piece.kind == "answer").strip() == question.answer
+    assert conversation.statistics.prompt_tokens < len(prompt) - 20
+    assert len(conversation.messages) == 6
 
 
 def test_the_oldest_turns_are_left_out_when_the_context_is_full(counting: llmchat.Model) -> None:
