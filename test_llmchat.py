@@ -906,9 +906,14 @@ def interrupt_at_random(demo: str, environment: dict[str, str], times: int) -> N
     with Screen(environment, demo) as screen:
         screen.expect("prompt -> ")
         for _ in range(times):
-            screen.send(chance.choice(["Count.", "x, " * 100, "/retry", "/continue", "/undo"]) + "\r")
-            time.sleep(chance.random() * 0.3)  # the random moment
-            os.kill(screen.pid, signal.SIGINT)
+            # A reply may take two presses, the second on top of the first; at the prompt two would leave.
+            prompt, presses = chance.choice(
+                [("Count.", 2), ("x, " * 100, 2), ("/retry", 1), ("/continue", 1), ("/undo", 1)]
+            )
+            screen.send(prompt + "\r")
+            for _ in range(chance.randint(1, presses)):
+                time.sleep(chance.random() * 0.3 / presses)  # the random moment
+                os.kill(screen.pid, signal.SIGINT)
             # The line may have been taken back into the editor, or Ctrl+C may have come at the prompt.
             screen.send("\x15/clear\r")
             screen.expect("A new conversation")
