@@ -1422,6 +1422,10 @@ def open_locked(path: Path) -> FileIO:
     return file
 
 
+# How every line begins that `as_line` writes, and so every line that can be torn.
+LINE_START = b'{"role": "'
+
+
 class SessionFile:
     """A conversation on disk, one message a line, mode 0600; only one chat at a time has it.
 
@@ -1460,7 +1464,7 @@ class SessionFile:
                 self.messages.append(parse_message(line, self.messages))
             except (ValueError, RecursionError) as error:
                 whole = line.endswith(b"\n") or type(error) is ValueError
-                if whole or not line.startswith(b"{"):
+                if whole or line[: len(LINE_START)] != LINE_START[: len(line)]:
                     complaint = f"{self._path} is no session of llmchat: line {count}: {one_line(error)}."
                     raise ChatError(f"{complaint} Name another file.") from error
                 self._set_aside(lines.pop())

@@ -1339,8 +1339,13 @@ def test_a_torn_last_line_is_set_aside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"hello", b"hello\n", b"{\n}\n", b"{}", b"[1]", b"\x00" * 9, b"\xff\xfe\n", b"[" * 99999),
-        *(b'{"role": "tool", "content": "x"}\n', b'{"role": "user", "content": 5}\n', b'{"role": "user"}\n{'),
+        *(b"hello", b"hello\n", b"{\n}\n", b"{}", b"[1]", b"\x00" * 9, b"\xff\xfe\n", b"[" * 99999, b"{\\rtf1 Dear}"),
+        *(
+            b'{"role": "tool", "content": "x"}\n',
+            b'{"role": "user", "content": 5}\n',
+            b'{"role": "user"}\n{',
+            b'{"a": 1',
+        ),
         llmchat.as_line(HELLO[1]),
         llmchat.as_line(HELLO[0]) * 2,
         llmchat.as_line(HELLO[0]) + b"\n" + llmchat.as_line(HELLO[1]),
