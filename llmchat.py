@@ -55,6 +55,7 @@ import os
 import re
 import select
 import signal
+import stat
 import sys
 import termios
 import threading
@@ -260,10 +261,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     A file that is not there says nothing. Raises `ChatError` naming file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    try:
+        if not path.is_file():
+            raise OSError("it is no file")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(f"{path} could not be read: {one_line(error)}. Mend or remove it.", 2) from error
     values: dict[str, Any] = {}
@@ -485,12 +488,15 @@ class Model:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **choice)
         except Exception as error:
             raise ChatError(
-                f"The chat template of {self.name} can't render this conversation: {one_line(error)}"
+                f"The chat template of {self.name} can't render this conversation: {one_line(error).rstrip('.')}."
+                " Leave out the system prompt, or take turns back with /undo."
             ) from error
         return str(text)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a rendered text, which brings its own BOS."""
+        # A flag or a file may hold what is no text: half a surrogate pair, which no tokenizer takes.
+        text = text.encode(errors="replace").decode()
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -1132,7 +1138,7 @@ class Reply:
     """A reply under way. It is kept when it was cut or stopped, so that it can go on from the live state."""
 
     messages: list[Message]
-    # The first of the messages that was sent.
+    # The first of the messages that the next turn sends.
     first: int
     responses: Generator[Any, None, None]
     splitter: ThoughtSplitter
@@ -1185,7 +1191,7 @@ class Conversation:
         self._format = thought_format(model.tokenizer)
         self._cache = PromptCache(model.net)
         self._live: Reply | None = None
-        # Messages before this one are not sent: they no longer fit, or --no-history leaves them out.
+        # Messages before this one are not sent: they no longer fit.
         self._first = 0
         self.messages = list(messages)
         self.statistics: Statistics | None = None
@@ -1206,8 +1212,7 @@ class Conversation:
         Raises `ChatError` if the template refuses the prompt, the context has no room for it, or the
         engine fails.
         """
-        first = self._first if self._settings.history else len(self.messages)
-        return self._turn(self.messages, first, prompt, stop, progress)
+        return self._turn(self.messages, prompt, stop, progress)
 
     def retry(
         self, stop: Callable[[], bool] = never, progress: Callable[[int, int], None] = unwatched
@@ -1216,7 +1221,7 @@ class Conversation:
         if not self.messages:
             raise ChatError("There is no reply to say again.")
         *before, prompt, _ = self.messages
-        return self._turn(before, min(self._first, len(before)), prompt["content"], stop, progress)
+        return self._turn(before, prompt["content"], stop, progress)
 
     def resume(self, stop: Callable[[], bool] = never) -> Iterator[Piece]:
         """Go on with a reply that was cut or stopped, from the live state: nothing is computed again."""
@@ -1233,7 +1238,8 @@ class Conversation:
             raise ChatError("There is no turn to take back.")
         self._drop_live()
         *self.messages, prompt, _ = self.messages
-        self._first = min(self._first, len(self.messages))
+        # What is left may fit again.
+        self._first = 0
         return prompt["content"]
 
     def clear(self) -> None:
@@ -1278,7 +1284,7 @@ class Conversation:
         if len(tokens) + room > limit:
             raise ChatError(
                 f"The prompt is too long: {len(tokens)} tokens, with {room} kept for the reply, where"
-                f" {self._model.name} takes {limit}. Shorten it, or lower max-tokens."
+                f" {self._model.name} takes {limit}. Shorten it{' or lower max-tokens' if len(tokens) < limit else ''}."
             )
         return first, text, tokens
 
@@ -1315,13 +1321,13 @@ class Conversation:
     def _turn(
         self,
         before: list[Message],
-        first: int,
         prompt: str,
         stop: Callable[[], bool],
         progress: Callable[[int, int], None],
     ) -> Iterator[Piece]:
         started = time.perf_counter()
         messages = [*before, {"role": "user", "content": prompt}]
+        first = min(self._first, len(before)) if self._settings.history else len(before)
         fitting, text, tokens = self._fit(messages, first)
         if fitting > first:
             left_out = fitting // 2
@@ -1333,7 +1339,9 @@ class Conversation:
         sampling = self._sampling(tokens)
         responses = self._cache.stream(self._model.tokenizer, tokens, shared, stop, progress, **sampling)
         opened = self._format.opened_by(text)
-        live = Reply(messages, fitting, responses, ThoughtSplitter(self._format, bool(opened)), opened)
+        # What --no-history leaves out is left out of this turn only.
+        later = fitting if self._settings.history else min(self._first, len(before))
+        live = Reply(messages, later, responses, ThoughtSplitter(self._format, bool(opened)), opened)
         yield from self._speak(live, statistics, started, stop)
 
     def _speak(self, live: Reply, statistics: Statistics, started: float, stop: Callable[[], bool]) -> Iterator[Piece]:
@@ -1366,7 +1374,7 @@ class Conversation:
             raise
         finally:
             complete = statistics.finish_reason == "stop"
-            keep = not failed and (complete or bool(live.said))
+            keep = not failed and (complete or bool(live.said) or statistics.generation_tokens > 0)
             if keep:
                 self.messages = [*live.messages, {"role": "assistant", "content": live.opened + live.said}]
                 self._first = live.first
@@ -1399,6 +1407,8 @@ def write_whole(path: Path, messages: Iterable[Message]) -> None:
     """Write a conversation so that the file is either the old one or all of the new. Raises `OSError`."""
     import tempfile
 
+    # What the name leads to is replaced, so that a link stays one.
+    path = path.resolve()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -1413,8 +1423,10 @@ def write_whole(path: Path, messages: Iterable[Message]) -> None:
 
 def open_locked(path: Path) -> FileIO:
     """Open or create a file that nobody else has open this way. Raises `OSError`, or `BlockingIOError` if one has."""
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600), "r+b", buffering=0)
     try:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
@@ -1451,7 +1463,7 @@ class SessionFile:
         except BlockingIOError as error:
             raise ChatError(f"{path} is in use by another chat: leave that one, or name another file.") from error
         except OSError as error:
-            raise ChatError(f"{path} can't be used as a session: {error.strerror}.") from error
+            raise ChatError(f"{path} can't be used as a session: {error.strerror}. Name another file.") from error
 
     def close(self) -> None:
         """Let others have the file."""
@@ -1566,7 +1578,8 @@ class PromptHistory:
         if size > 2 * HISTORY_BYTES or len(lines) > 2 * HISTORY_ENTRIES:
             self._rewrite(kept)
         prompts = [
-            re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], line.decode(errors="replace")) for line in kept
+            re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], line.decode(errors="replace"))
+            for line in (line.replace(b"\0", b"") for line in kept)  # which a power cut leaves
         ]
         self._last = prompts[-1] if prompts else ""
         return prompts
@@ -1830,7 +1843,7 @@ class Terminal:
             prompt = f"\x01{GREEN}\x02{prompt.rstrip()}\x01{PLAIN}\x02 "
         if self._readline:
             self._stale = self._readline.get_line_buffer() if self._libedit else ""
-            self._readline.set_startup_hook(lambda: self._readline.insert_text(text))
+            self._readline.set_startup_hook(lambda: self._readline.insert_text(text.replace("\0", "")))
         # The editors look at these: GNU's shows nothing where nothing was shown, libedit no longer knows Ctrl+D.
         self._switch_off(0 if self._libedit else termios.ICANON)
         try:
@@ -1994,6 +2007,11 @@ def file_names(start: str) -> list[str]:
     return sorted(head + entry for entry in found if cleaned(entry) == entry and (name or entry[0] != "."))
 
 
+def as_typed(prompt: str) -> str:
+    """What must be typed to send a prompt: one that starts with a slash takes two."""
+    return "/" + prompt if prompt.startswith("/") else prompt
+
+
 class Chat:
     """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
 
@@ -2060,21 +2078,30 @@ class Chat:
             self._terminal.end_reply()
 
     def _obey(self, prompt: str) -> None:
-        word, _, rest = prompt.partition(" ")
+        word, rest = [*prompt.split(None, 1), ""][:2]
         if word in COMMANDS:
             getattr(self, "_" + word[1:])(rest.strip())
+        elif word[1:] in LEAVE_WORDS and word[0] == "/":
+            raise ChatError(f"Type {word[1:]}, without the slash, to leave.")
         elif re.fullmatch(r"/[a-z]+", word):
             hint = did_you_mean(word, COMMANDS) or "; /help lists them."
             raise ChatError(f"There is no command {word}{hint} To send a line that starts with /, type //.")
         else:
             text = prompt[1:] if prompt.startswith("//") else prompt
             self._attempt(lambda: self._keep(text))
+            self.draft = prompt
             self._show(self._conversation.reply(text, self._interrupts.stop, self._terminal.progress))
+            # A prompt that was refused, or that the engine failed on, stands in the next line for editing.
+            self.draft = ""
 
     def reply_once(self, prompt: str) -> None:
         """Answer one prompt. Raises `ChatError`."""
         self._keep(prompt)
-        self._show(self._conversation.reply(prompt, progress=self._terminal.progress))
+        try:
+            self._show(self._conversation.reply(prompt, progress=self._terminal.progress))
+        except ChatError:
+            self._keep()
+            raise
         self._keep()
 
     def _messages(self) -> list[Message]:
@@ -2113,7 +2140,7 @@ class Chat:
         self._show(self._conversation.retry(self._interrupts.stop, self._terminal.progress))
 
     def _undo(self, rest: str) -> None:
-        self.draft = self._conversation.undo()
+        self.draft = as_typed(self._conversation.undo())
         self._terminal.note("The last turn is taken back.")
 
     def _continue(self, rest: str) -> None:
@@ -2151,19 +2178,20 @@ class Chat:
         if not rest:
             raise ChatError("/save needs the name of a file.")
         path = Path(os.path.expanduser(rest))
-        if path.exists() and not self._may_replace(path):
-            raise ChatError(f"{path} is there already, and was not replaced.")
         try:
+            if path.exists() and not (path.is_file() and self._may_replace(path)):
+                raise ChatError(f"{path} is there already, and was not replaced: name another file.")
             write_whole(path, self._messages())
-        except OSError as error:
-            raise ChatError(f"{path} could not be written: {error.strerror}.") from error
+        except (OSError, ValueError) as error:
+            raise ChatError(f"{shortened(rest)} could not be written: {reason(error)}. Name another file.") from error
         self._terminal.note(f"{len(self._conversation.messages)} messages are in {path}.")
 
     def _may_replace(self, path: Path) -> bool:
         if not self._terminal.interactive:
             return False
-        with self._interrupts.raised():
+        with self._interrupts.raised(), contextlib.suppress(EOFError):
             return self._terminal.read_line(f"Replace {cleaned(str(path))}? [y/N] ").strip().lower() in ("y", "yes")
+        return False
 
     def _list_settings(self) -> None:
         rows = [
@@ -2186,9 +2214,10 @@ def shown_value(value: Any) -> str:
 def one_shot_prompt(text: str, stdin: TextIO) -> str:
     """What `-p TEXT` sends: piped standard input goes before TEXT, and is all there is if TEXT is `-`."""
     piped = "" if stdin.isatty() else stdin.read().strip("\n")
-    if text == "-":
-        return piped
-    return f"{piped}\n\n{text}" if piped else text
+    prompt = piped if text == "-" else "\n\n".join(part for part in (piped, text) if part)
+    if not prompt.strip():
+        raise ChatError("There is nothing to reply to: give -p a text, or pipe one in.")
+    return prompt
 
 
 def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message], str]:
@@ -2210,18 +2239,26 @@ def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message],
 def run(settings: Settings, terminal: Terminal) -> None:
     """Load the model, then chat or answer one prompt. Raises `ChatError`."""
     name = cleaned(str(settings.model))
-    if settings.prompt is None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ChatError("The folder you are in is gone: change to another one.") from error
+    chatting = settings.prompt is None
+    prompt = one_shot_prompt(str(settings.prompt), sys.stdin) if not chatting else ""
+    if chatting:
         terminal.write(f"Loading model {name}...\n")
     session, messages, draft = open_session(settings)
     if session and session.warning:
         terminal.note(session.warning)
+    if draft and not (chatting and terminal.interactive):
+        terminal.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
     conversation = Conversation(load_model(settings), settings, messages)
     interrupts = Interrupts()
     chat = Chat(conversation, terminal, settings, interrupts, session)
-    chat.draft = draft
+    chat.draft = as_typed(draft)
     try:
-        if settings.prompt is not None:
-            chat.reply_once(one_shot_prompt(settings.prompt, sys.stdin))
+        if not chatting:
+            chat.reply_once(prompt)
             return
         terminal.write("Model loaded successfully!\n")
         if terminal.interactive:
@@ -2229,8 +2266,6 @@ def run(settings: Settings, terminal: Terminal) -> None:
             signal.signal(signal.SIGINT, interrupts)
         if messages:
             terminal.note(f"Going on with {len(messages) // 2} turns of {settings.session}.")
-        if draft and not terminal.interactive:
-            terminal.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
         terminal.open_line_editor(completions)
         chat.run()
     finally:

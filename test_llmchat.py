@@ -1416,6 +1416,113 @@ def test_a_chat_goes_on_where_it_was_left(demo: str, environment: dict[str, str]
     assert len(reread(session)) == 4
 
 
+def test_odd_names_and_odd_text_never_end_a_chat(demo: str, environment: dict[str, str]) -> None:
+    home = Path(environment["HOME"])
+    os.mkfifo(home / "fifo")
+    (home / "real").mkdir()
+    (home / "link").symlink_to(home / "real/session")
+    prompts = (
+        f"/save a\0b\n/save {'a' * 300}\n/save fifo\n/save no/folder/x\n/exit\n/system\tBe \ud800 brief.\n/quiet\n"
+    )
+    done = subprocess.run(
+        [*PROGRAM, demo, "--session", "link", "--max-tokens", "1"],
+        input=prompts.encode(errors="surrogatepass") + b"Say hello.\n/continue\n",
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    told = [line.removeprefix("llmchat: error: ") for line in done.stderr.decode().splitlines()]
+    assert "embedded null" in told[0] and told[0].endswith("Name another file.")
+    assert "File name too long" in told[1]
+    assert told[2] == "fifo is there already, and was not replaced: name another file."
+    assert "No such file or directory" in told[3]
+    assert told[4] == "Type exit, without the slash, to leave."
+    assert told[5].startswith("system = Be ")
+    assert told[6].startswith("There is no command /quiet")
+    assert told[7:] == ["Cut at 1 tokens; /continue goes on."] * 2
+    assert done.stdout.decode().endswith("\nGoodbye!\n")
+    assert (home / "link").is_symlink()
+    assert [message["role"] for message in reread(home / "real/session")] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("name", ["fifo", "/dev/null", "/"])
+def test_a_session_must_be_a_regular_file(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    mode = Path("/dev/null").stat().st_mode
+    with pytest.raises(ChatError, match="can't be used as a session"):
+        llmchat.SessionFile(tmp_path / name)
+    assert Path("/dev/null").stat().st_mode == mode
+
+
+def test_one_shots_with_nothing_to_say_or_no_place_to_be(demo: str, environment: dict[str, str]) -> None:
+    nothing = "llmchat: error: There is nothing to reply to: give -p a text, or pipe one in.\n"
+    for prompt in ("", "-"):
+        done = run(environment, demo, "-p", prompt)
+        assert (done.returncode, done.stderr.decode()) == (1, nothing)
+    session = Path(environment["HOME"], "chat.jsonl")
+    session.write_bytes(llmchat.as_line({"role": "user", "content": "Lost?"}))
+    done = run(environment, demo, "--session", str(session), "-p", "Say hello.")
+    assert done.stderr.decode() == f"The last prompt in {session} got no reply, and is left out: Lost?\n"
+    assert done.stdout.decode() == DEMO[-1][0].answer + "\n"
+    done = run(environment, demo, "--session", str(session), "-p", "word " * 5000)
+    assert done.returncode == 1 and "too long" in done.stderr.decode()
+    assert len(reread(session)) == 2
+    gone = Path(environment["HOME"], "gone")
+    gone.mkdir()
+    command = f"cd '{gone}' && rmdir '{gone}' && '{PROGRAM[0]}' '{PROGRAM[1]}' '{demo}' -p x"
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=60, check=False)
+    assert b"The folder you are in is gone" in done.stderr.splitlines()[-1]
+    os.mkfifo(Path(environment["HOME"], ".llmchat_config"))
+    assert run(environment, demo, "-p", "x").returncode == 2
+
+
+def test_what_is_asked_back_can_be_left_and_a_slash_comes_back_as_it_was_typed(
+    demo: str, environment: dict[str, str]
+) -> None:
+    Path(environment["HOME"], "there").touch()
+    Path(environment["HOME"], ".llmchat_history").write_bytes(b"a\0b\n")
+    with Screen(environment, demo) as screen:
+        screen.expect("prompt -> ")
+        assert screen.ask("My name is Ada.") == "Nice to meet you, Ada!"
+        screen.send("/save there\r")
+        screen.expect(r"Replace there\? \[y/N\] ")
+        screen.send(CTRL_D)
+        screen.expect("was not replaced")
+        screen.expect("prompt -> ")
+        screen.send("//clear\r")
+        screen.expect("\nprompt -> ")
+        screen.send("/undo\r")
+        screen.expect("taken back[^/]*prompt -> //clear")
+        screen.send("\x15" + "xy, " * 3000 + "\r")
+        screen.expect("too long.*\n\nprompt -> xy, xy")
+        screen.send("\x15")
+        assert screen.ask("What is my name?") == "Your name is Ada."
+
+
+def test_history_comes_back_when_it_is_switched_on_again(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    check(conversation, *FAMILY_CONVERSATIONS[3][:2])
+    conversation._settings.history = False
+    check(conversation, *FAMILY_CONVERSATIONS[5])
+    assert hear(conversation.retry)[1] == FAMILY_CONVERSATIONS[5][0].answer
+    conversation.undo()
+    conversation._settings.history = True
+    check(conversation, FAMILY_CONVERSATIONS[3][2])
+
+
+def test_turns_that_fit_again_after_an_undo_are_sent_again(counting: llmchat.Model) -> None:
+    conversation = start(counting)
+    check(conversation, *FAMILY_CONVERSATIONS[3][:2])
+    conversation._model.context_length = int(len(rendered(conversation, "b" * 30)) * 1.32)
+    assert "notice" in [piece.kind for piece in conversation.reply("b" * 30)]
+    conversation.undo()
+    conversation._model.context_length = 4096
+    check(conversation, FAMILY_CONVERSATIONS[3][2])
+
+
 def test_a_prompt_whose_reply_was_lost_waits_in_the_line(demo: str, environment: dict[str, str]) -> None:
     session = Path(environment["HOME"], "chat.jsonl")
     with Screen(environment, demo, "--session", str(session)) as screen:
