@@ -914,7 +914,9 @@ class PromptCache:
             self.clear()
             out_of_memory = isinstance(error, MemoryError) or re.search("memory|alloc", str(error), re.IGNORECASE)
             help = " A shorter prompt, /clear or a smaller model takes less memory." if out_of_memory else ""
-            raise ChatError(f"The engine failed, so nothing is kept of this turn: {one_line(error)}.{help}") from error
+            raise ChatError(
+                f"The engine failed, so what it was saying is not kept: {one_line(error)}.{help}"
+            ) from error
         except BaseException:
             self.clear()
             raise
@@ -1374,7 +1376,8 @@ class Conversation:
             raise
         finally:
             complete = statistics.finish_reason == "stop"
-            keep = not failed and (complete or bool(live.said) or statistics.generation_tokens > 0)
+            # A first token may be half a character: nothing is said yet, but the reply can go on.
+            keep = not failed and (bool(live.said) or statistics.generation_tokens > 0)
             if keep:
                 self.messages = [*live.messages, {"role": "assistant", "content": live.opened + live.said}]
                 self._first = live.first
@@ -2265,7 +2268,8 @@ def run(settings: Settings, terminal: Terminal) -> None:
             terminal.note(f"{Path(name).name} · /help lists the commands · quit or Ctrl+D leaves")
             signal.signal(signal.SIGINT, interrupts)
         if messages:
-            terminal.note(f"Going on with {len(messages) // 2} turns of {settings.session}.")
+            count = len(messages) // 2
+            terminal.note(f"Going on with {count} turn{'s' * (count > 1)} of {settings.session}.")
         terminal.open_line_editor(completions)
         chat.run()
     finally:

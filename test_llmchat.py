@@ -608,6 +608,21 @@ def test_one_shot_prints_the_reply_and_nothing_else(demo: str, environment: dict
     )
 
 
+def test_a_long_document_arrives_whole_through_a_pipe(environment: dict[str, str]) -> None:
+    document = "Zeile für Zeile 👋🏽\n" * 50_000
+    code = "import sys, llmchat; sys.stdout.write(llmchat.one_shot_prompt('What is it?', sys.stdin))"
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", code],
+        input=document.encode(),
+        capture_output=True,
+        env=environment,
+        cwd=HERE,
+        check=True,
+    )
+    assert len(document.encode()) > 1_000_000
+    assert done.stdout.decode() == document.strip("\n") + "\n\nWhat is it?"
+
+
 def test_no_model_named_shows_how_and_what_is_there(demo: str, environment: dict[str, str]) -> None:
     done = run(environment)
     assert done.returncode == 2
@@ -1262,7 +1277,7 @@ def test_a_failing_turn_does_not_end_the_chat(counting: llmchat.Model) -> None:
     terminal = llmchat.Terminal(prompts, stdout, stderr)
     llmchat.Chat(conversation, terminal, conversation._settings, llmchat.Interrupts()).run()
     failure, nope, chosen = stderr.getvalue().splitlines()
-    assert failure.startswith("llmchat: error: The engine failed, so nothing is kept of this turn: [metal::malloc]")
+    assert failure.startswith("llmchat: error: The engine failed, so what it was saying is not kept: [metal::malloc]")
     assert nope.startswith("llmchat: error: There is no command /nope;")
     assert chosen == "top-k = 2000"
     assert stdout.getvalue().endswith("prompt -> What is my name?\nIt is Ada.\n\nprompt -> \nGoodbye!\n")
@@ -1404,9 +1419,9 @@ def test_a_chat_goes_on_where_it_was_left(demo: str, environment: dict[str, str]
     done = run(environment, *arguments, stdin="What is my name?\n/save copy.jsonl\n/save copy.jsonl\n/undo\n")
     assert "prompt -> What is my name?\nYour name is Ada.\n" in done.stdout.decode()
     going_on, saved, refused, undone = done.stderr.decode().splitlines()
-    assert going_on == f"Going on with 1 turns of {session}."
+    assert going_on == f"Going on with 1 turn of {session}."
     assert saved == "4 messages are in copy.jsonl."
-    assert refused == "llmchat: error: copy.jsonl is there already, and was not replaced."
+    assert refused == "llmchat: error: copy.jsonl is there already, and was not replaced: name another file."
     assert undone == "The last turn is taken back."
     copy = Path(environment["HOME"], "copy.jsonl")
     assert copy.stat().st_mode & 0o777 == 0o600
