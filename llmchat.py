@@ -2284,9 +2284,17 @@ def missing_model() -> ChatError:
     return ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
 
 
-def leave(signum: int, frame: object) -> NoReturn:
-    """Leave on SIGTERM or SIGHUP; what is under way is cleaned up on the way out."""
-    raise SystemExit(128 + signum)
+class Leave:
+    """Leaves on SIGTERM or SIGHUP; what is under way is cleaned up on the way out."""
+
+    def __init__(self) -> None:
+        # The exit status, once there is one.
+        self.status = 0
+
+    def __call__(self, signum: int, frame: object) -> NoReturn:
+        """Handle a signal."""
+        self.status = 128 + signum
+        raise SystemExit(self.status)
 
 
 def open_closed_streams() -> None:
@@ -2302,6 +2310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.", file=sys.stderr)
         return 1
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    leave = Leave()
     for number in (signal.SIGTERM, signal.SIGHUP):
         # Under nohup, SIGHUP is to be ignored.
         if handlers[number] is not signal.SIG_IGN:
@@ -2315,8 +2324,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(settings, terminal)
         return 0
     except ChatError as error:
-        terminal.error(str(error))
-        return error.status
+        if not leave.status:
+            terminal.error(str(error))
+        # An import that a signal breaks off may say so with an error of its own.
+        return leave.status or error.status
     except KeyboardInterrupt:
         return 130
     except OSError as error:

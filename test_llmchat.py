@@ -1867,7 +1867,7 @@ from pathlib import Path
 folder, marked, *draft = sys.argv[1:]
 sys.path.insert(0, folder)
 import llmchat
-signal.signal(signal.SIGTERM, llmchat.leave)
+signal.signal(signal.SIGTERM, llmchat.Leave())
 history = Path(os.environ["HOME"], ".llmchat_history")
 marked_pastes = {"asked": None, "marked": True, "burst": False}[marked]
 terminal = llmchat.Terminal(sys.stdin, sys.stdout, sys.stderr, history, marked_pastes)
