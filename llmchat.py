@@ -62,7 +62,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, NoReturn, TextIO
 
@@ -235,6 +234,10 @@ class Settings:
 
     # Where each value that is not a default came from: a file, "flag" or "here".
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, after the system prompt if there is one."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
 
 OPTIONS = {field.name.replace("_", "-"): field for field in dataclasses.fields(Settings) if "parse" in field.metadata}
@@ -1264,10 +1267,9 @@ class Conversation:
             self._live = None
 
     def _render(self, messages: list[Message]) -> tuple[str, list[int]]:
-        system = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
         template = str(self._model.tokenizer.chat_template)
         expected = [as_template_expects(message, self._format, template) for message in messages]
-        text = self._model.render([*system, *expected], self._settings.think)
+        text = self._model.render(self._settings.with_system(expected), self._settings.think)
         return text, self._model.encode(text)
 
     def _fit(self, messages: list[Message], first: int) -> tuple[int, str, list[int]]:
@@ -1397,7 +1399,7 @@ def as_line(message: Message) -> bytes:
 
 def parse_message(line: bytes, before: Sequence[Message]) -> Message:
     """The message in a line of a session, with whatever further keys it has. Raises `ValueError`."""
-    message = json.loads(line)
+    message = read_json(line)
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         raise ValueError("this is no message with a content")
     allowed = ["assistant"] if before and before[-1]["role"] == "user" else ["user"] if before else ["system", "user"]
@@ -1424,7 +1426,7 @@ def write_whole(path: Path, messages: Iterable[Message]) -> None:
         raise
 
 
-def open_locked(path: Path) -> FileIO:
+def open_locked(path: Path) -> io.FileIO:
     """Open or create a file that nobody else has open this way. Raises `OSError`, or `BlockingIOError` if one has."""
     file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600), "r+b", buffering=0)
     try:
@@ -1477,7 +1479,7 @@ class SessionFile:
         for count, line in enumerate(lines, 1):
             try:
                 self.messages.append(parse_message(line, self.messages))
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 whole = line.endswith(b"\n") or type(error) is ValueError
                 if whole or line[: len(LINE_START)] != LINE_START[: len(line)]:
                     complaint = f"{self._path} is no session of llmchat: line {count}: {one_line(error)}."
@@ -2108,8 +2110,7 @@ class Chat:
         self._keep()
 
     def _messages(self) -> list[Message]:
-        system = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
-        return [*system, *self._conversation.messages]
+        return self._settings.with_system(self._conversation.messages)
 
     def _keep(self, prompt: str | None = None) -> None:
         # A prompt is kept before its reply comes: a crash loses only the reply.
