@@ -22,6 +22,7 @@ The rooms, in reading order; nothing is used before it is defined:
 
     Errors         one exception, a finished sentence
     Settings       every parameter, declared once: flag, config key, `/set` key, range, help
+    Hosts          the processes that hold one model together, if mlx.launch started several
     Model          finding it, checking it, loading it
     Prompt cache   the tokens whose state the engine holds, and the cheapest way to a new prompt
     Thoughts       telling a reasoning model's thoughts from its answer
@@ -52,6 +53,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
 import select
 import signal
@@ -87,6 +89,12 @@ READ_AHEAD_BYTES = 1 << 21
 # What is quoted of another program's error: enough for a file's path and a reason.
 READABLE_CHARACTERS = 300
 
+# What ends the program, with 128 and its number; but Ctrl+C on a terminal, once the model is loaded.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# How long the way out may take on one of several hosts, and how long the others wait for rank 0 to end first.
+LEAVE_S = 0.5
+
 CONFIG_FILE = ".llmchat_config"
 HISTORY_FILE = ".llmchat_history"
 HISTORY_ENTRIES = 1000
@@ -104,10 +112,12 @@ Message = Dict[str, str]
 class ChatError(Exception):
     """A finished sentence for the user: what happened, to what, and what would work instead."""
 
-    def __init__(self, sentence: str, status: int = 1) -> None:
+    def __init__(self, sentence: str, status: int = 1, *, fatal: bool = False) -> None:
         super().__init__(sentence)
         # What `main` is to return if nothing catches this: 1, or 2 for wrong usage or configuration.
         self.status = status
+        # Whether the chat can't go on.
+        self.fatal = fatal
 
 
 def shortened(text: str) -> str:
@@ -229,6 +239,9 @@ class Settings:
     )
     adapter: str | None = option(None, str, "a LoRA adapter to load on top of the model", metavar="FOLDER")
     revision: str | None = option(None, str, "the branch, tag or commit of the repository", metavar="NAME")
+    pipeline: bool = option(
+        False, switch, "on several Macs: give each host whole layers of the model, not a share of every layer"
+    )
     trust_remote_code: bool = option(False, switch, "run code that the model repository brings along", in_file=False)
     force: bool = option(False, switch, "load a model that seems too large for the memory, or not made for talking")
 
@@ -334,6 +347,136 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
     return settings
 
 
+# ----------------------------------------------------------------------------------------- Hosts
+
+
+# What mlx.launch sets for the processes that it starts, and mpirun for those that it starts for mlx.launch.
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
+
+# A host that waits for another one keeps a core busy. So while nobody says anything, all meet only this often.
+MEETING_S = 0.05
+
+
+class Hosts:
+    """The processes that hold one model together, each on a host of its own, or on a plain start just this one.
+
+    Rank 0 alone reads, prints and writes files; the others do what it hands them. Every host has to make
+    the same calls in the same order, since each returns only once all have made it. A host that is lost
+    raises a fatal `ChatError` on the others. An empty one is for rank 0 to explain.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        # MLX's own group; None on a plain start.
+        self.group = group
+        self.rank: int = group.rank() if group else 0
+        self.size: int = group.size() if group else 1
+        # Whether the others wait for what rank 0 shares next.
+        self.listening = True
+
+    def _collect(self, collective: Callable[..., Any], value: Any) -> Any:
+        import mlx.core as mx
+        from mlx_lm.generate import generation_stream
+
+        try:
+            # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
+            with mx.stream(generation_stream):
+                result = collective(mx.array(value), group=self.group)
+                mx.eval(result)
+        except RuntimeError as error:
+            raise ChatError(
+                "" if self.rank else f"Another host is gone, so the chat can't go on: {one_line(error)}.", fatal=True
+            ) from error
+        return result
+
+    def gather(self, value: int) -> list[int]:
+        """The values that all hosts give, by rank."""
+        import mlx.core as mx
+
+        return list(self._collect(mx.distributed.all_gather, [value]).tolist()) if self.size > 1 else [value]
+
+    def share(self, value: Any = None, source: int = 0) -> Any:
+        """What the host of rank `source` gives, on every host: anything that JSON knows."""
+        import mlx.core as mx
+
+        if self.size == 1:
+            return value
+        data = json.dumps(value).encode() if self.rank == source else b""
+        while not (size := sum(self.gather(len(data)))):
+            time.sleep(MEETING_S)
+        # The sum of what one host gives, and of zeros.
+        shared = self._collect(mx.distributed.all_sum, bytearray(data or size))
+        return json.loads(bytes(shared))
+
+    def meet(self) -> None:
+        """Have nothing to share yet; rank 0 calls this while the others wait."""
+        self.gather(0)
+
+    def lead(self, **turn: Any) -> None:
+        """Hand the others what they do next, and have all of them draw the same random numbers."""
+        import mlx.core as mx
+
+        if self.size > 1:
+            state: Any = mx.random.state
+            high, low = state[0].tolist()
+            self.share({**turn, "seed": high << 32 | low})
+            # The key that MLX makes of this is the one that is there already.
+            mx.random.seed(high << 32 | low)
+            self.listening = False
+
+    def dismiss(self, status: int) -> None:
+        """Have the others end with this status too, if they wait to be told something.
+
+        After an error or a signal that they can't be told of, the launcher ends them.
+        """
+        if self.size > 1 and self.rank == 0 and self.listening:
+            with contextlib.suppress(ChatError):
+                self.share({"status": status})
+
+    def let_rank_0_speak(self) -> None:
+        """Wait before an error is said that all may have met: rank 0 says it, and the launcher then ends the others."""
+        if self.rank:
+            time.sleep(LEAVE_S)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Have every host fail if one does: rank 0 with the first complaint there is, the others in silence."""
+        own = ""
+        try:
+            yield
+        except ChatError as error:
+            if self.size == 1:
+                raise
+            own = f"On {platform.node()}: {error}" if self.rank else str(error)
+        if self.size > 1:
+            complaints = [self.share(own, rank) for rank in range(self.size)]
+            if any(complaints):
+                raise ChatError(next(filter(None, complaints)) if self.rank == 0 else "")
+
+
+def join_hosts() -> Hosts:
+    """The hosts that mlx.launch started, seen from the environment that it sets; else this one alone.
+
+    Raises `ChatError` where they can't be joined.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        return Hosts()
+    import mlx.core as mx
+
+    # MLX waits for the others without looking at signals.
+    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else signal.SIG_DFL)
+    try:
+        return Hosts(mx.distributed.init(strict=True))
+    except (RuntimeError, ValueError) as error:
+        raise ChatError(
+            f"The hosts that mlx.launch started can't be joined: {one_line(error)}. On one Mac, leave mlx.launch out."
+        ) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 # ----------------------------------------------------------------------------------------- Model
 
 
@@ -396,10 +539,13 @@ def missing_weights(folder: Path) -> list[str]:
     return [file.name for file in weight_files(folder) if not file.exists()]
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder of the hub cache holds all that loading needs; a file is only there when it is whole."""
-    needed = [folder / "config.json", folder / "tokenizer_config.json"]
-    return bool(weight_files(folder)) and not missing_weights(folder) and all(file.exists() for file in needed)
+def is_complete(folder: Path, *, weights: bool = True) -> bool:
+    """Whether a folder of the hub cache holds all that loading needs, or all but weights that an index names.
+
+    A file is only there when it is whole.
+    """
+    needed = [folder / "config.json", folder / "tokenizer_config.json", *(weight_files(folder) if weights else ())]
+    return bool(weight_files(folder)) and all(file.exists() for file in needed)
 
 
 def snapshot(name: str, revision: str | None) -> Path:
@@ -470,12 +616,13 @@ def context_length(config: dict[str, Any]) -> int | None:
 
 @dataclasses.dataclass
 class Model:
-    """A loaded model: the network, its tokenizer, and what its configuration says."""
+    """A loaded model: the network, its tokenizer, what its configuration says, and who holds it."""
 
     name: str
     net: Any
     tokenizer: Any
     context_length: int | None
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
     def render(self, messages: list[Message], think: bool | None = None) -> str:
         """The chat template's text for `messages`, up to where the reply starts.
@@ -585,14 +732,15 @@ def memory_bytes() -> tuple[int, int]:
     return memory, int(device.get("max_recommended_working_set_size") or memory)
 
 
-def check_memory(name: str, weight_bytes: int, force: bool) -> None:
-    """Raise `ChatError` for weights that this machine can't hold."""
+def check_memory(name: str, weight_bytes: int, settings: Settings, hosts: Hosts) -> None:
+    """Raise `ChatError` for weights that this machine can't hold, or this host's share of them."""
     memory, usable = memory_bytes()
-    if weight_bytes > usable and not force:
+    weight_bytes //= hosts.size
+    if weight_bytes > usable and not settings.force:
         raise ChatError(
-            f"{name} is too large: {weight_bytes / GIB:.1f} GiB of weights, where this machine has"
-            f" {memory / GIB:.1f} GiB of memory, {usable / GIB:.1f} GiB of it usable for a model. Name a smaller"
-            " or more quantized one, or try it all the same with --force."
+            f"{name} is too large: {weight_bytes / GIB:.1f} GiB of weights{' for each host' * (hosts.size > 1)}, where"
+            f" this machine has {memory / GIB:.1f} GiB of memory, {usable / GIB:.1f} GiB of it usable for a model."
+            " Name a smaller or more quantized one, or try it all the same with --force."
         )
 
 
@@ -641,8 +789,11 @@ def mend(folder: Path) -> str:
     return f"Put a whole copy of the model into {folder}."
 
 
-def find_model(settings: Settings) -> Path:
-    """The folder of the model: the one that was named, or a repository's in the hub cache, downloaded if need be."""
+def find_model(settings: Settings, hosts: Hosts) -> Path:
+    """The folder of the model: the one that was named, or a repository's in the hub cache, downloaded if need be.
+
+    Where several hosts hold the model its weights may still be missing: which ones each needs shows later.
+    """
     name = str(settings.model)
     folder = Path(os.path.expanduser(name))
     may_be_repository = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
@@ -657,11 +808,14 @@ def find_model(settings: Settings) -> Path:
             f" repository such as {EXAMPLE_MODEL}."
         )
     cached = snapshot(name, settings.revision)
-    return cached if is_complete(cached) else download(name, settings)
+    alone = hosts.size == 1
+    if is_complete(cached, weights=alone):
+        return cached
+    return download(name, settings, hosts, DOWNLOADED if alone else DOWNLOADED[1:])
 
 
-def download(name: str, settings: Settings) -> Path:
-    """Fetch what is missing of a repository into the hub cache, its weights last.
+def download(name: str, settings: Settings, hosts: Hosts, patterns: Sequence[str]) -> Path:
+    """Fetch what is missing of a repository's files into the hub cache, its weights last.
 
     Raises `ChatError` for whatever stands in the way, before the weights where it can be known, and on Ctrl+C.
     """
@@ -676,8 +830,8 @@ def download(name: str, settings: Settings) -> Path:
         # By the revision's name, so that the cache notes which commit that is.
         folder = Path(hf_hub_download(name, "config.json", revision=settings.revision)).parent
         check_config(name, read_model_config(folder, name), sizes, settings)
-        check_memory(name, sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS)), settings.force)
-        wanted = [file for file in sizes if any(fnmatch.fnmatch(file, pattern) for pattern in DOWNLOADED)]
+        check_memory(name, sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS)), settings, hosts)
+        wanted = [file for file in sizes if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)]
         missing = sorted((file for file in wanted if not (folder / file).exists()), key=sizes.__getitem__)
         check_disk(name, sum(map(sizes.__getitem__, missing)))
         # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C until
@@ -756,20 +910,27 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def check_folder(name: str, folder: Path, weights: list[Path], settings: Settings) -> dict[str, Any]:
+def check_folder(name: str, folder: Path, weights: list[Path], settings: Settings, hosts: Hosts) -> dict[str, Any]:
     """The `config.json` of a folder that can be loaded. Raises `ChatError` where that can't be."""
     try:
         names = [entry.name for entry in folder.iterdir()]
-        check_files(name, names)
+        # In the hub cache the weights of a model for several hosts may come later; they have been seen on the hub.
+        if hosts.size == 1 or hub_cache() not in folder.parents:
+            check_files(name, names)
         config = read_model_config(folder, name)
         check_config(name, config, names, settings)
-        check_memory(name, sum(file.stat().st_size for file in weights), settings.force)
+        check_memory(name, sum(file.stat().st_size for file in weights), settings, hosts)
     except OSError as error:
         raise ChatError(f"{name} can't be read: {one_line(error)}. {mend(folder)}") from error
+    check_weights(name, folder, weights)
+    return config
+
+
+def check_weights(name: str, folder: Path, weights: Iterable[Path]) -> None:
+    """Raise `ChatError` for a weight file that is damaged."""
     for file in weights:
         if wrong := damage(file):
             raise ChatError(f"{file.name} of {name} can't be loaded: {wrong}. {mend(folder)}")
-    return config
 
 
 def load_failure(name: str, folder: Path, error: Exception) -> str:
@@ -783,38 +944,133 @@ def load_failure(name: str, folder: Path, error: Exception) -> str:
     return f"{name} could not be loaded: {one_line(error).rstrip('.')}. Its files may be damaged. {mend(folder)}"
 
 
-def load_engine(name: str, folder: Path, settings: Settings) -> tuple[Any, Any]:
-    """The network and the tokenizer in a folder. Raises `ChatError` where mlx-lm can't load them."""
-    import mlx_lm
+def trusting(load: Callable[..., Any], settings: Settings) -> dict[str, Any]:
+    """The arguments that tell one of mlx-lm's loaders whether to run a repository's code; older ones know but one."""
+    trust = {"trust_remote_code": settings.trust_remote_code}
+    parameters = inspect.signature(load).parameters
+    return {
+        **({"tokenizer_config": trust} if "tokenizer_config" in parameters else {}),
+        **(trust if "trust_remote_code" in parameters else {}),
+    }
+
+
+def load_engine(name: str, folder: Path, settings: Settings, hosts: Hosts) -> tuple[Any, Any]:
+    """The network, or this host's part of it, and the tokenizer. Raises `ChatError` where mlx-lm can't load them."""
+    import mlx_lm.utils
 
     adapter = settings.adapter
-    if adapter and not (Path(adapter) / "adapters.safetensors").exists():
-        raise ChatError(f"There is no adapter in {adapter}: name a folder that holds an adapters.safetensors.")
-    trust = {"trust_remote_code": settings.trust_remote_code}
-    if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
-        loading: dict[str, Any] = {"tokenizer_config": trust, **trust}
-    else:
-        loading = {"tokenizer_config": trust}
     try:
-        net, tokenizer = mlx_lm.load(str(folder), adapter_path=adapter, **loading)[:2]
+        if hosts.size == 1:
+            loaded = mlx_lm.load(str(folder), adapter_path=adapter, **trusting(mlx_lm.load, settings))
+        else:
+            group = {"pipeline_group" if settings.pipeline else "tensor_group": hosts.group}
+            loaded = mlx_lm.utils.sharded_load(str(folder), **group, **trusting(mlx_lm.utils.sharded_load, settings))
     except Exception as error:
         raise ChatError(load_failure(name, folder, error)) from error
-    return net, tokenizer
+    return loaded[0], loaded[1]
+
+
+def check_adapter(settings: Settings, hosts: Hosts) -> None:
+    """Raise `ChatError` for an adapter that can't be loaded."""
+    if settings.adapter and hosts.size > 1:
+        raise ChatError("mlx-lm can't share an adapter among hosts: leave out --adapter, or use one host.")
+    if settings.adapter and not (Path(settings.adapter) / "adapters.safetensors").exists():
+        raise ChatError(f"There is no adapter in {settings.adapter}: name a folder that holds an adapters.safetensors.")
+
+
+def split(name: str, folder: Path, settings: Settings, hosts: Hosts) -> list[str]:
+    """The names of the weight files that this host's part of the network needs, as far as they are known.
+
+    Raises `ChatError` for a model that can't be split among so many hosts.
+    """
+    import mlx_lm.utils
+
+    if not hasattr(mlx_lm.utils, "sharded_load"):
+        raise ChatError(
+            f"mlx-lm {mlx_lm.__version__} can't share a model among hosts: a newer one can, on Python 3.10 or later."
+        )
+    try:
+        # Nothing is read yet: this is the way in which mlx-lm itself looks at what can be split.
+        trust = trusting(mlx_lm.utils.load_model, settings)
+        net, _ = mlx_lm.utils.load_model(folder, lazy=True, strict=False, **trust)
+    except Exception as error:
+        raise ChatError(load_failure(name, folder, error)) from error
+    if settings.pipeline:
+        return split_layers(name, folder, net, hosts)
+    split_heads(name, net, hosts)
+    return [file.name for file in weight_files(folder)]
+
+
+def split_layers(name: str, folder: Path, net: Any, hosts: Hosts) -> list[str]:
+    """The names of the weight files with this host's layers, and with what belongs to no layer."""
+    if not hasattr(getattr(net, "model", None), "pipeline"):
+        other = "leave out --pipeline" if hasattr(net, "shard") else "name another model"
+        raise ChatError(f"mlx-lm can't split {name} by its layers: {other}.")
+    count = len(net.model.layers)
+    if count < hosts.size:
+        raise ChatError(f"{name} can't be split by its layers among {hosts.size} hosts: it has {count}.")
+    try:
+        index = read_json((folder / "model.safetensors.index.json").read_bytes())["weight_map"].items()
+        net.model.pipeline(hosts.group)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ChatError(f"{name} can't be split by its layers among {hosts.size} hosts: {one_line(error)}.") from error
+    mine = range(net.model.start_idx, net.model.end_idx or 0)
+    layers = [(file, re.search(r"(?:^|\.)layers\.(\d+)\.", key)) for key, file in index]
+    return sorted({str(file) for file, layer in layers if layer is None or int(layer[1]) in mine})
+
+
+def split_heads(name: str, net: Any, hosts: Hosts) -> None:
+    """Raise `ChatError` unless every layer's heads can be shared out evenly; mlx-lm itself rounds their number down."""
+    if not hasattr(net, "shard"):
+        other = "--pipeline can" if hasattr(getattr(net, "model", None), "pipeline") else "name another model"
+        raise ChatError(f"mlx-lm can't share the heads of {name} among hosts; {other}.")
+    counts = [(part, key, count) for part in net.modules() for key, count in vars(part).items()]
+    try:
+        net.shard(hosts.group)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ChatError(f"{name} can't be shared evenly among {hosts.size} hosts: {one_line(error)}.") from error
+    for part, key, count in counts:
+        share = vars(part)[key]
+        if share != count and isinstance(count, int) and share * hosts.size != count:
+            kind = "key-value heads" if "kv" in key or "key" in key else "heads"
+            raise ChatError(
+                f"{name} can't be shared evenly among {hosts.size} hosts: it has {count} {kind}. Take a number of hosts"
+                " that divides that."
+            )
+
+
+def fetch_part(name: str, folder: Path, needed: Sequence[str], settings: Settings, hosts: Hosts) -> None:
+    """Download what is missing of the weight files that this host needs. Raises `ChatError` where that can't be."""
+
+    def missing() -> list[str]:
+        return [file for file in needed if not (folder / file).exists()]
+
+    if missing() and hub_cache() in folder.parents:
+        download(name, dataclasses.replace(settings, revision=folder.name), hosts, needed)
+        check_weights(name, folder, sorted(folder.glob(WEIGHTS)))
+    if lacking := missing():
+        # mlx-lm would leave those weights to chance.
+        raise ChatError(f"{name} could not be loaded: {lacking[0]} is missing. {mend(folder)}")
 
 
 @quiet()
-def load_model(settings: Settings) -> Model:
+def load_model(settings: Settings, hosts: Hosts | None = None) -> Model:
     """Find, check and load the model. Raises `ChatError` for whatever stands in the way."""
-    name = str(settings.model)
-    folder = find_model(settings)
-    files = sorted(folder.glob(WEIGHTS))
-    read_ahead(files)
-    config = check_folder(name, folder, files, settings)
-    net, tokenizer = load_engine(name, folder, settings)
+    name, hosts = str(settings.model), hosts or Hosts()
+    with hosts.together():
+        folder = find_model(settings, hosts)
+        files = sorted(folder.glob(WEIGHTS))
+        if hosts.size == 1:
+            read_ahead(files)
+        config = check_folder(name, folder, files, settings, hosts)
+        check_adapter(settings, hosts)
+        needed = split(name, folder, settings, hosts) if hosts.size > 1 else []
+    fetch_part(name, folder, needed, settings, hosts)
+    net, tokenizer = load_engine(name, folder, settings, hosts)
     if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
         other = instruct_sibling(name) if hub_cache() in folder.parents else EXAMPLE_MODEL
         raise ChatError(f"{name} has no chat template, so it can't hold a conversation; try {other}.")
-    return Model(name, net, tokenizer, context_length(config))
+    return Model(name, net, tokenizer, context_length(config), hosts)
 
 
 # ---------------------------------------------------------------------------------- Prompt cache
@@ -839,9 +1095,12 @@ class PromptCache:
     layers would give wrong words. Whenever the state can't be known, it is dropped.
     """
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: Any, hosts: Hosts | None = None) -> None:
         self._net = net
+        self._hosts = hosts or Hosts()
         self.clear()
+        # Whether every layer, on every host, can go back any number of tokens, now and later.
+        self.can_trim = all(self._hosts.gather(not any(map(self._needs_copy, self._leaves()))))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -855,11 +1114,6 @@ class PromptCache:
     def _leaves(self) -> list[Any]:
         # A hybrid layer may hold several caches in a CacheList.
         return [leaf for layer in self._layers for leaf in getattr(layer, "caches", [layer])]
-
-    @property
-    def can_trim(self) -> bool:
-        """Whether every layer can go back any number of tokens, now and later."""
-        return not any(map(self._needs_copy, self._leaves()))
 
     @staticmethod
     def _needs_copy(leaf: Any) -> bool:
@@ -904,13 +1158,16 @@ class PromptCache:
                 else:
                     self.clear()
             self.tokens = self.tokens[:shared]
+            # Hosts that hold different layers may have come to different places.
+            if len(set(self._hosts.gather(len(self.tokens)))) > 1:
+                self.clear()
         return len(self.tokens)
 
     @contextlib.contextmanager
     def _dropped_on_error(self) -> Iterator[None]:
         try:
             yield
-        except (Stopped, GeneratorExit):
+        except (Stopped, GeneratorExit, ChatError):
             # Raised between two calls of the engine, where its state is known.
             raise
         except Exception as error:
@@ -918,7 +1175,9 @@ class PromptCache:
             out_of_memory = isinstance(error, MemoryError) or re.search("memory|alloc", str(error), re.IGNORECASE)
             help = " A shorter prompt, /clear or a smaller model takes less memory." if out_of_memory else ""
             raise ChatError(
-                f"The engine failed, so what it was saying is not kept: {one_line(error)}.{help}"
+                f"The engine failed, so what it was saying is not kept: {one_line(error)}.{help}",
+                # Nobody knows how far the other hosts have come.
+                fatal=self._hosts.size > 1,
             ) from error
         except BaseException:
             self.clear()
@@ -1182,6 +1441,29 @@ def repetition_penalty(penalty: float, prompt: list[int]) -> Callable[[Any, Any]
     return process
 
 
+def sampling(model: Model, settings: Settings, prompt: list[int]) -> dict[str, Any]:
+    """How the next tokens are chosen, as mlx-lm's `stream_generate` takes it."""
+    from mlx_lm.sample_utils import make_sampler
+
+    # mlx-lm refuses a top_k that leaves nothing out.
+    vocabulary = model.tokenizer.vocab_size
+
+    def sampler(logprobs: Any) -> Any:
+        # Made anew for each token, so that a changed setting reaches a reply that is continued.
+        return make_sampler(
+            temp=settings.temperature if settings.temperature >= LEAST_TEMPERATURE else 0.0,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            top_k=settings.top_k if settings.top_k < vocabulary else 0,
+        )(logprobs)
+
+    penalty = settings.repetition_penalty
+    return {
+        "sampler": sampler,
+        "logits_processors": None if penalty == 1 else [repetition_penalty(penalty, prompt)],
+    }
+
+
 class Conversation:
     """The messages, and the model's replies to them.
 
@@ -1194,7 +1476,7 @@ class Conversation:
         self._model = model
         self._settings = settings
         self._format = thought_format(model.tokenizer)
-        self._cache = PromptCache(model.net)
+        self._cache = PromptCache(model.net, model.hosts)
         self._live: Reply | None = None
         # Messages before this one are not sent: they no longer fit.
         self._first = 0
@@ -1235,7 +1517,9 @@ class Conversation:
             raise ChatError("There is nothing to continue: the last reply is complete.")
         if limit and held >= limit:
             raise ChatError(f"The reply can't go on: the model's {limit} tokens are full. /clear starts over.")
-        return self._speak(live, Statistics(held, held, limit), time.perf_counter(), stop)
+        budget = self._budget(held)
+        self._model.hosts.lead(settings=dataclasses.asdict(self._settings), budget=budget)
+        return self._speak(live, Statistics(held, held, limit), budget, time.perf_counter(), stop)
 
     def undo(self) -> str:
         """Take the last turn back; return its prompt."""
@@ -1300,27 +1584,9 @@ class Conversation:
         made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
         return common_prefix(tokens, self._render([*messages, *made_up])[1])
 
-    def _sampling(self, prompt: list[int]) -> dict[str, Any]:
-        from mlx_lm.sample_utils import make_sampler
-
-        settings = self._settings
-        # mlx-lm refuses a top_k that leaves nothing out.
-        vocabulary = self._model.tokenizer.vocab_size
-
-        def sampler(logprobs: Any) -> Any:
-            # Made anew for each token, so that a changed setting reaches a reply that is continued.
-            return make_sampler(
-                temp=settings.temperature if settings.temperature >= LEAST_TEMPERATURE else 0.0,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                top_k=settings.top_k if settings.top_k < vocabulary else 0,
-            )(logprobs)
-
-        penalty = settings.repetition_penalty
-        return {
-            "sampler": sampler,
-            "logits_processors": None if penalty == 1 else [repetition_penalty(penalty, prompt)],
-        }
+    def _budget(self, prompt_tokens: int) -> int:
+        limit = self._model.context_length
+        return min(self._settings.max_tokens, limit - prompt_tokens) if limit else self._settings.max_tokens
 
     def _turn(
         self,
@@ -1339,21 +1605,25 @@ class Conversation:
             yield Piece("notice", f"{turns} the model's {self._model.context_length} tokens: left out from here on.")
         self._drop_live()
         shared = 0 if self._cache.can_trim else self._shared_with_next_turn(messages[fitting:], tokens)
+        budget, settings = self._budget(len(tokens)), self._settings
+        self._model.hosts.lead(settings=dataclasses.asdict(settings), budget=budget, tokens=tokens, shared=shared)
         statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
-        sampling = self._sampling(tokens)
-        responses = self._cache.stream(self._model.tokenizer, tokens, shared, stop, progress, **sampling)
+        choice = sampling(self._model, settings, tokens)
+        responses = self._cache.stream(self._model.tokenizer, tokens, shared, stop, progress, **choice)
         opened = self._format.opened_by(text)
         # What --no-history leaves out is left out of this turn only.
-        later = fitting if self._settings.history else min(self._first, len(before))
+        later = fitting if settings.history else min(self._first, len(before))
         live = Reply(messages, later, responses, ThoughtSplitter(self._format, bool(opened)), opened)
-        yield from self._speak(live, statistics, started, stop)
+        yield from self._speak(live, statistics, budget, started, stop)
 
-    def _speak(self, live: Reply, statistics: Statistics, started: float, stop: Callable[[], bool]) -> Iterator[Piece]:
-        """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
+    def _speak(
+        self, live: Reply, statistics: Statistics, budget: int, started: float, stop: Callable[[], bool]
+    ) -> Iterator[Piece]:
+        """Yield pieces of a reply, then keep what was said.
+
+        `budget` is how many tokens it may have, `started` the `perf_counter` of the prompt.
+        """
         self.statistics = statistics
-        budget = self._settings.max_tokens
-        if statistics.context_length:
-            budget = min(budget, statistics.context_length - statistics.prompt_tokens)
         self._live = None
         failed = True
         try:
@@ -1371,6 +1641,7 @@ class Conversation:
                 yield from live.splitter.finish()
             elif statistics.finish_reason is None and statistics.generation_tokens == budget:
                 statistics.finish_reason = "length"
+            self._model.hosts.listening = True
             failed = False
         except GeneratorExit:
             # Whoever consumes the reply has heard enough.
@@ -1387,6 +1658,33 @@ class Conversation:
                 self._live = live
             else:
                 live.responses.close()
+
+
+def follow(hosts: Hosts) -> int:
+    """Do on another host what rank 0 does, until it leaves; return the exit status that it leaves with.
+
+    Of the conversation this host knows the tokens alone. Raises `ChatError` like `load_model` and `PromptCache`.
+    """
+    import mlx.core as mx
+
+    turn = hosts.share()
+    if "status" in turn:
+        return int(turn["status"])
+    settings = Settings(**turn["settings"])
+    model = load_model(settings, hosts)
+    cache = PromptCache(model.net, hosts)
+    responses: Iterator[Any] = iter(())
+    while "status" not in (turn := hosts.share()):
+        vars(settings).update(turn["settings"])
+        mx.random.seed(turn["seed"])
+        if "tokens" in turn:
+            tokens = turn["tokens"]
+            cache.rewind(tokens)
+            choice = sampling(model, settings, tokens)
+            responses = cache.stream(model.tokenizer, tokens, turn["shared"], never, unwatched, **choice)
+        for _ in itertools.islice(responses, turn["budget"]):
+            pass
+    return int(turn["status"])
 
 
 # --------------------------------------------------------------------------------------- Session
@@ -1636,6 +1934,11 @@ class Terminal:
                 # Bytes that are no text, or text that the terminal has no bytes for, are no reason to stop.
                 stream.reconfigure(errors="replace")
         self.interactive = stdin.isatty() and stdout.isatty()
+        # Whether somebody watches, and is to see thoughts too.
+        self.watched = self.interactive
+        # What is done while a launcher has no line to hand on, and what it has handed on of later lines.
+        self._idle: Callable[[], None] | None = None
+        self._ahead = b""
         self._dumb = os.environ.get("TERM", "dumb") == "dumb"
         self._styled = not (self._dumb or os.environ.get("NO_COLOR"))
         self.hide_thoughts = False
@@ -1685,7 +1988,7 @@ class Terminal:
 
     def show(self, piece: Piece) -> None:
         """Show a piece of a reply. Newlines around thought and answer are replaced by a blank line between."""
-        if piece.kind == "thought" and (self.hide_thoughts or not self.interactive):
+        if piece.kind == "thought" and (self.hide_thoughts or not self.watched):
             self._hide_thought(piece.text)
             return
         self._end_status()
@@ -1749,17 +2052,27 @@ class Terminal:
             if not text.strip():
                 return
             self._thought_s = time.monotonic()
-            if self.interactive:
+            if self.watched:
                 self._begin_section("hidden thought")
         self._show_status(f"thinking: {time.monotonic() - self._thought_s:.0f} s")
 
     def _fold_thought(self) -> None:
-        if self._thought_s and self.interactive:
+        if self._thought_s and self.watched:
             text = f"thought for {time.monotonic() - self._thought_s:.1f} s"
             self.write(f"{DIM}{text}{PLAIN}" if self._styled else text)
         self._thought_s = 0.0
 
     # Reading
+
+    def read_from_launcher(self, idle: Callable[[], None]) -> None:
+        """Take lines as mlx.launch hands them on, whole, and already shown by the terminal that they were typed at.
+
+        `idle` is called again and again while there is none.
+        """
+        self.interactive = False
+        # So it tells the processes that its own output is a terminal.
+        self.watched = "COLUMNS" in os.environ
+        self._idle = idle
 
     def open_line_editor(self, complete: Callable[[str], Iterable[str]]) -> None:
         """Switch on editing, history and completion, on a terminal, until `close`.
@@ -1834,13 +2147,30 @@ class Terminal:
         if self.interactive:
             return self._edit_line(prompt, text)
         self.write(prompt)
-        line = self._stdin.readline()
+        line, shown = self._next_line()
         if not line:
             self.write("\n")
             raise EOFError
         line = line.rstrip("\n")
-        self.write(cleaned(line) + "\n")
+        if not shown:
+            self.write(cleaned(line) + "\n")
         return line
+
+    def _next_line(self) -> tuple[str, bool]:
+        """The next line with its end, or nothing; and whether a terminal has shown it, after the prompt, already."""
+        if self._idle is None:
+            return self._stdin.readline(), False
+        shown = False
+        while b"\n" not in self._ahead:
+            if not select.select([self._stdin], [], [], MEETING_S)[0]:
+                self._idle()
+                shown = self.watched
+            elif data := os.read(self._stdin.fileno(), io.DEFAULT_BUFFER_SIZE):
+                self._ahead += data
+            else:
+                break
+        line, end, self._ahead = self._ahead.partition(b"\n")
+        return (line + end).decode(errors="replace"), shown
 
     def _edit_line(self, prompt: str, text: str) -> str:
         if self._styled and self._readline:
@@ -2075,6 +2405,8 @@ class Chat:
         try:
             step()
         except ChatError as error:
+            if error.fatal:
+                raise
             self._terminal.end_reply()
             self._terminal.error(str(error))
         except KeyboardInterrupt:
@@ -2215,9 +2547,11 @@ def shown_value(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def one_shot_prompt(text: str, stdin: TextIO) -> str:
+def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
     """What `-p TEXT` sends: piped standard input goes before TEXT, and is all there is if TEXT is `-`."""
-    piped = "" if stdin.isatty() else stdin.read().strip("\n")
+    if launched and text == "-":
+        raise ChatError("mlx.launch never tells where standard input ends: give -p the text itself.")
+    piped = "" if stdin.isatty() or launched else stdin.read().strip("\n")
     prompt = piped if text == "-" else "\n\n".join(part for part in (piped, text) if part)
     if not prompt.strip():
         raise ChatError("There is nothing to reply to: give -p a text, or pipe one in.")
@@ -2240,7 +2574,7 @@ def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message],
     return session, messages, draft
 
 
-def run(settings: Settings, terminal: Terminal) -> None:
+def run(settings: Settings, terminal: Terminal, hosts: Hosts) -> None:
     """Load the model, then chat or answer one prompt. Raises `ChatError`."""
     name = cleaned(str(settings.model))
     try:
@@ -2248,7 +2582,7 @@ def run(settings: Settings, terminal: Terminal) -> None:
     except OSError as error:
         raise ChatError("The folder you are in is gone: change to another one.") from error
     chatting = settings.prompt is None
-    prompt = one_shot_prompt(str(settings.prompt), sys.stdin) if not chatting else ""
+    prompt = one_shot_prompt(str(settings.prompt), sys.stdin, hosts.size > 1) if not chatting else ""
     if chatting:
         terminal.write(f"Loading model {name}...\n")
     session, messages, draft = open_session(settings)
@@ -2256,7 +2590,9 @@ def run(settings: Settings, terminal: Terminal) -> None:
         terminal.note(session.warning)
     if draft and not (chatting and terminal.interactive):
         terminal.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
-    conversation = Conversation(load_model(settings), settings, messages)
+    hosts.lead(settings=dataclasses.asdict(settings))
+    conversation = Conversation(load_model(settings, hosts), settings, messages)
+    hosts.listening = True
     interrupts = Interrupts()
     chat = Chat(conversation, terminal, settings, interrupts, session)
     chat.draft = as_typed(draft)
@@ -2265,8 +2601,11 @@ def run(settings: Settings, terminal: Terminal) -> None:
             chat.reply_once(prompt)
             return
         terminal.write("Model loaded successfully!\n")
+        if terminal.watched:
+            among = f" on {hosts.size} hosts" if hosts.size > 1 else ""
+            leave = "quit or Ctrl+D leaves" if terminal.interactive else "quit leaves"
+            terminal.note(f"{Path(name).name}{among} · /help lists the commands · {leave}")
         if terminal.interactive:
-            terminal.note(f"{Path(name).name} · /help lists the commands · quit or Ctrl+D leaves")
             signal.signal(signal.SIGINT, interrupts)
         if messages:
             count = len(messages) // 2
@@ -2285,6 +2624,15 @@ def missing_model() -> ChatError:
     return ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
 
 
+def start(argv: Sequence[str] | None, terminal: Terminal, hosts: Hosts) -> int:
+    """Run with these arguments; return 0. Raises `ChatError`; argparse itself leaves for wrong usage."""
+    settings = read_settings(argv)
+    if settings.model is None:
+        raise missing_model()
+    run(settings, terminal, hosts)
+    return 0
+
+
 class Leave:
     """Leaves on SIGTERM or SIGHUP; what is under way is cleaned up on the way out."""
 
@@ -2296,6 +2644,28 @@ class Leave:
         """Handle a signal."""
         self.status = 128 + signum
         raise SystemExit(self.status)
+
+
+def leave_in_time() -> None:
+    """End this process soon after a signal, or after its launcher, even where it waits for another host.
+
+    Python handles a signal only between two of its own steps, and a step of the engine may never end then.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    launcher = os.getppid()
+
+    def watch() -> None:
+        number = signal.SIGHUP.value
+        while os.getppid() == launcher:
+            if select.select([reader], [], [], LEAVE_S)[0]:
+                number = os.read(reader, 1)[0]
+                break
+        time.sleep(LEAVE_S)
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def open_closed_streams() -> None:
@@ -2310,7 +2680,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.version_info < (3, 9):
         print("llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.", file=sys.stderr)
         return 1
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
     leave = Leave()
     for number in (signal.SIGTERM, signal.SIGHUP):
         # Under nohup, SIGHUP is to be ignored.
@@ -2318,30 +2688,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, leave)
     open_closed_streams()
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, Path(os.path.expanduser("~")) / HISTORY_FILE)
+    hosts = Hosts()
     try:
-        settings = read_settings(argv)
-        if settings.model is None:
-            raise missing_model()
-        run(settings, terminal)
-        return 0
+        hosts = join_hosts()
+        if hosts.size > 1:
+            leave_in_time()
+            terminal.read_from_launcher(hosts.meet)
+        status = start(argv, terminal, hosts) if hosts.rank == 0 else follow(hosts)
     except ChatError as error:
-        if not leave.status:
+        if str(error) and not leave.status:
+            hosts.let_rank_0_speak()
             terminal.error(str(error))
         # An import that a signal breaks off may say so with an error of its own.
-        return leave.status or error.status
+        status = leave.status or error.status
     except KeyboardInterrupt:
-        return 130
+        status = 128 + signal.SIGINT
+    except SystemExit as error:
+        # Of argparse, or of a signal.
+        status = int(error.code or 0)
     except OSError as error:
         # Python's own flush at exit must not fail once more on a standard output that is gone, or full.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 141
-        terminal.error(f"The session can't be read or written any more: {one_line(error)}.")
-        return 1
+        status = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 1
+        if status == 1:
+            terminal.error(f"The session can't be read or written any more: {one_line(error)}.")
     finally:
         terminal.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    hosts.dismiss(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ a wrong one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -24,6 +25,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -424,9 +426,7 @@ def test_settings_are_declared_once_and_documented_everywhere() -> None:
     ],
 )
 def test_a_wrong_flag_is_a_usage_error(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        llmchat.main(["model", flags])
-    assert end.value.code == 2
+    assert llmchat.main(["model", flags]) == 2
     message = capsys.readouterr().err.splitlines()
     assert message[0] == "usage: llmchat MODEL [options]"
     assert message[1].startswith("llmchat: error: ") and flags.partition("=")[0] in message[1]
@@ -1843,6 +1843,32 @@ def bare_decode_tps(model: llmchat.Model) -> float:
     return (DECODE_TOKENS - 1) / (time.perf_counter() - started)
 
 
+def launched_decode_tps(program: list[str], clear: str, leave: str, cache: Path) -> float:
+    """The tokens/s that a chat on two hosts, both of them here, says of its replies; the first only warms up."""
+    done = subprocess.run(
+        [*launch(2), *program],
+        input="".join(f"{line}\n" for line in [*["Count.", clear] * (RUNS + 1), leave]).encode(),
+        capture_output=True,
+        env=bench_environment(cache),
+        timeout=300,
+        check=True,
+    )
+    rates = re.findall(r"([\d.]+) tok(?:ens)?/s ", (done.stdout + done.stderr).decode())
+    return median(map(float, rates[-RUNS:]))
+
+
+def bench_launched(cache: Path) -> Figure:
+    """Decoding on two hosts, beside mlx-lm's own chat under the same launcher."""
+    model, tokens = str(build_talking(cache / "dense", "dense")), str(DECODE_TOKENS)
+    sampler = ["--top-p", str(llmchat.TOP_P), "--max-tokens", tokens]
+    ours = [*INSTALLED[1:], model, "--stats", *sampler, "--temperature", str(llmchat.TEMPERATURE)]
+    theirs = ["-m", "mlx_lm", "chat", "--model", model, *sampler, "--temp", str(llmchat.TEMPERATURE)]
+    rates = medians(
+        lambda: launched_decode_tps(ours, "/clear", "quit", cache), lambda: launched_decode_tps(theirs, "r", "q", cache)
+    )
+    return at_least(0.98, "decode on two hosts, peer mlx_lm.chat", *rates, "tokens/s")
+
+
 def bench(cache: str) -> None:
     """Print llmchat's figures beside those of mlx-lm, all from this run. Only the cache folder is written to."""
     # A folder for each engine: an older one can not read the tokenizers that a newer one writes.
@@ -1854,6 +1880,8 @@ def bench(cache: str) -> None:
     ours, bare = medians(lambda: our_decode_tps(model), lambda: bare_decode_tps(model))
     figures.append(at_least(0.98, "decode, floor mlx_lm.stream_generate", ours, bare, "tokens/s"))
     figures.append(bench_memory(folder))
+    if CAN_SHARE:
+        figures.append(bench_launched(folder))
     print_table(figures)
     print(f"Medians of {RUNS}; Python {platform.python_version()}, mlx-lm {version('mlx-lm')}, {platform.platform()}")
 
@@ -2773,3 +2801,407 @@ def test_a_spoilt_model_loads_or_is_one_sentence(
                 assert stderr == "", what
         for folder in folders.values():
             shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------------------------ Hosts
+
+CAN_SHARE = tuple(map(int, version("mlx-lm").split(".")[:2])) >= (0, 31)
+needs_sharding = pytest.mark.skipif(not CAN_SHARE, reason="this mlx-lm can't share a model among hosts")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on 127.0.0.1 in a row that nobody listens on."""
+    while True:
+        first = random.randrange(20_000, 30_000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return list(range(first, first + count))
+
+
+def launch(count: int) -> list[str]:
+    """The start of a command line that starts Python on so many hosts, all of them here."""
+    launcher = str(Path(sys.executable).parent / "mlx.launch")
+    port = str(free_ports(count)[0])
+    return [launcher, "-n", str(count), "--backend", "ring", "--starting-port", port, "--python", sys.executable]
+
+
+def run_launched(environment: dict[str, str], count: int, *arguments: str, stdin: str = ""):
+    """Run the program on several hosts as `run` does on one."""
+    return subprocess.run(
+        [*launch(count), str(HERE / "llmchat.py"), *arguments],
+        input=stdin.encode(),
+        capture_output=True,
+        env=environment,
+        cwd=environment["HOME"],
+        timeout=240,
+        check=False,
+    )
+
+
+def start_hosts(environments: list[dict[str, str]], *arguments: str) -> list[subprocess.Popen]:
+    """Start the program once for each environment as the launcher would, but without it."""
+    hosts = [[f"127.0.0.1:{port}"] for port in free_ports(len(environments))]
+    hostfile = Path(environments[0]["HOME"]) / "hosts.json"
+    hostfile.write_text(json.dumps(hosts))
+    return [
+        subprocess.Popen(
+            [*PROGRAM, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**environment, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)},
+            cwd=environment["HOME"],
+        )
+        for rank, environment in enumerate(environments)
+    ]
+
+
+def ends(hosts: list[subprocess.Popen], stdin: str = "") -> list[tuple[int, str, str]]:
+    """Status, standard output and standard error of each, once all have ended; only rank 0 is given input."""
+    try:
+        results = []
+        for rank, host in enumerate(hosts):
+            out, err = host.communicate(stdin.encode() if rank == 0 else None, timeout=120)
+            results.append((host.returncode, out.decode(), err.decode()))
+        return results
+    finally:
+        for host in hosts:
+            host.kill()
+
+
+def homes(environment: dict[str, str], count: int) -> list[dict[str, str]]:
+    """The environment, and others with a home of their own."""
+    others = [Path(environment["HOME"]).parent / f"home-{rank}" for rank in range(1, count)]
+    for home in others:
+        home.mkdir()
+    return [environment, *({**environment, "HOME": str(home)} for home in others)]
+
+
+@pytest.fixture(scope="session")
+def shardable(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], str]:
+    """Folders of models of a family with so many layers, built when they are asked for."""
+    root = tmp_path_factory.mktemp("models")
+
+    def build(family: str, layers: int) -> str:
+        folder = root / f"{family}-{layers}"
+        if not folder.exists():
+            build_model(folder, FAMILIES[family], FAMILY_CONVERSATIONS, hidden=640, num_hidden_layers=layers)
+            split_in_two(folder)
+        return str(folder)
+
+    return build
+
+
+class Dictated(llmchat.Model):
+    """A model whose next prompt can be given as tokens."""
+
+    tokens: list[int] | None = None
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokens or super().encode(text)
+
+
+def lead_conversations(folder: str, pipeline: str) -> None:
+    """Be one of several hosts; as rank 0 hold all the conversations that the model knows, and more.
+
+    If the others did anything else than rank 0, the words would turn to noise.
+    """
+    hosts = llmchat.join_hosts()
+    if hosts.rank:
+        raise SystemExit(llmchat.follow(hosts))
+    settings = Settings(model=folder, pipeline=bool(pipeline))
+    hosts.lead(settings=dataclasses.asdict(settings))
+    model = Dictated(**vars(llmchat.load_model(settings, hosts)))
+    conversation = Conversation(model, settings)
+    for talk in FAMILY_CONVERSATIONS:
+        conversation.clear()
+        conversation.messages = [message for turn in talk if turn.given for message in as_messages(turn)]
+        settings.system = talk[0].system
+        check(conversation, *(turn for turn in talk if not turn.given))
+    settings.system = None
+    # Cut, and gone on with; said again, and taken back.
+    conversation.clear()
+    for limit, speak in ((7, lambda **stop: conversation.reply("Count.", **stop)), (1, conversation.resume)):
+        settings.max_tokens = limit
+        hear(speak)
+        assert conversation.statistics.finish_reason == "length"
+    settings.max_tokens = 512
+    hear(conversation.resume)
+    assert conversation.messages[-1]["content"].endswith("28, 29, 30")
+    check(conversation, FAMILY_CONVERSATIONS[1][1])
+    hear(conversation.retry)
+    assert conversation.messages[-1]["content"].endswith("You are welcome.")
+    conversation.undo()
+    check(conversation, FAMILY_CONVERSATIONS[1][1])
+    # What is left to chance comes out the same on every host: all hold these tokens, or some would start anew.
+    conversation.seed(5)
+    settings.temperature, settings.max_tokens = 10.0, 40
+    hear(conversation.reply, "My name is Ada.")
+    said = [*conversation._cache.tokens]
+    model.tokens, settings.max_tokens = [*said, said[-1]], 1
+    hear(conversation.reply, "And so on.")
+    assert conversation.statistics.cached_tokens == len(said) > 100, conversation.statistics
+    print("every word was right")
+    hosts.dismiss(0)
+
+
+def as_messages(turn: Turn) -> list[dict[str, str]]:
+    """A turn as it stands in a conversation."""
+    return [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.answer}]
+
+
+@needs_sharding
+@pytest.mark.parametrize(
+    ("count", "family", "layers", "pipeline"),
+    [
+        *((2, "dense", 2, False), (2, "sliding", 2, False), (2, "hybrid", 2, True)),
+        pytest.param(4, "dense", 2, False, marks=pytest.mark.stress),
+        pytest.param(4, "opened", 2, False, marks=pytest.mark.stress),
+        pytest.param(4, "sliding", 2, False, marks=pytest.mark.stress),
+        pytest.param(4, "hybrid", 4, True, marks=pytest.mark.stress),
+    ],
+)
+def test_hosts_hold_every_conversation_word_for_word(
+    count: int, family: str, layers: int, pipeline: bool, shardable, environment: dict[str, str]
+) -> None:
+    code = "import sys, test_llmchat; test_llmchat.lead_conversations(*sys.argv[1:])"
+    done = subprocess.run(
+        [*launch(count), "-c", code, shardable(family, layers), "yes" * pipeline],
+        input=b"",
+        capture_output=True,
+        env={**environment, "PYTHONPATH": str(HERE)},
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout == b"every word was right\n", done.stderr.decode()
+
+
+@needs_sharding
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.stress)])
+def test_the_sample_session_on_several_hosts(count: int, demo: str, environment: dict[str, str]) -> None:
+    stdin = "".join(f"{turn.prompt}\n" for turn in SAMPLE) + "/retry\n/undo\nWhat is my name?\nquit\n"
+    alone = run(environment, demo, "--stats", stdin=stdin)
+    done = run_launched(environment, count, demo, "--stats", stdin=stdin)
+    assert SAMPLE[-1].answer in done.stdout.decode()
+    assert done.stdout == alone.stdout
+    # What is computed, and what is reused.
+    costs, floor = (re.findall(r"prompt \d+ new, \d+ reused", text.decode()) for text in (done.stderr, alone.stderr))
+    assert costs == floor
+    assert len(costs) == len(SAMPLE) + 2
+
+
+@needs_sharding
+def test_rank_0_alone_reads_and_writes(demo: str, environment: dict[str, str]) -> None:
+    environments = homes(environment, 2)
+    (Path(environments[1]["HOME"]) / ".llmchat_config").write_text("temperature = nonsense\nmax-tokens = 1\n")
+    stdin = "What is the capital of France?\n/save copy\n"
+    results = ends(start_hosts(environments, demo, "--session", "talk"), stdin)
+    assert [status for status, _, _ in results] == [0, 0]
+    assert results[0][1] == (
+        f"Loading model {demo}...\nModel loaded successfully!\n\nprompt -> What is the capital of France?\n"
+        "The capital of France is Paris.\n\nprompt -> /save copy\n\nprompt -> \nGoodbye!\n"
+    )
+    assert results[1][1:] == ("", "")
+    first, second = ({path.name for path in Path(each["HOME"]).iterdir()} for each in environments)
+    assert first == {"hosts.json", "talk", "copy"}
+    assert second == {".llmchat_config"}
+
+
+@needs_sharding
+@pytest.mark.parametrize(
+    ("change", "flags", "complaint"),
+    [
+        (edit_config(num_attention_heads=6, num_key_value_heads=6), [], "it has 6 heads"),
+        (edit_config(num_key_value_heads=2), [], "it has 2 key-value heads"),
+        (None, ["--pipeline"], "can't split {model} by its layers: leave out --pipeline"),
+        (None, ["--adapter", "."], "can't share an adapter among hosts"),
+        (None, ["--nonsense"], "unrecognized arguments: --nonsense"),
+        (None, ["-p", "-"], "never tells where standard input ends"),
+    ],
+)
+def test_what_can_not_be_shared_is_one_sentence_said_once(
+    change, flags: list[str], complaint: str, demo: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    model = broken(tmp_path / "model", demo, change) if change else demo
+    results = ends(start_hosts([environment] * 4, model, *flags))
+    statuses = {status for status, _, _ in results}
+    assert statuses == {2 if "--nonsense" in flags else 1}, results
+    said = [line for _, _, err in results for line in err.splitlines() if line.startswith("llmchat: error: ")]
+    assert len(said) == 1, results
+    assert complaint.format(model=model) in said[0]
+    assert not any(out or err for _, out, err in results[1:])
+
+
+@pytest.mark.skipif(CAN_SHARE, reason="this mlx-lm can")
+def test_an_mlx_lm_that_can_not_share_a_model_says_so_once(demo: str, environment: dict[str, str]) -> None:
+    results = ends(start_hosts([environment] * 2, demo))
+    assert [status for status, _, _ in results] == [1, 1]
+    assert "can't share a model among hosts: a newer one can, on Python 3.10 or later." in results[0][2]
+    assert results[1][1:] == ("", "")
+
+
+@needs_sharding
+def test_what_is_wrong_on_one_host_alone_is_said_with_its_name(demo: str, environment: dict[str, str]) -> None:
+    environments = homes(environment, 2)
+    shutil.copytree(demo, Path(environment["HOME"]) / "model")
+    results = ends(start_hosts(environments, "~/model"))
+    assert [status for status, _, _ in results] == [1, 1]
+    assert f"llmchat: error: On {platform.node()}: '~/model' is no model folder" in results[0][2]
+    assert results[1][1:] == ("", "")
+
+
+def processes_with(mark: str) -> set[int]:
+    """The numbers of the running processes with this word among their arguments."""
+    listed = subprocess.run(["ps", "-Ao", "pid=,args="], capture_output=True, check=True).stdout.decode()
+    return {int(line.split()[0]) for line in listed.splitlines() if mark in line and "ps -Ao" not in line}
+
+
+@needs_sharding
+@pytest.mark.parametrize("moment", ["loading", "prompt", "reply"])
+@pytest.mark.parametrize(
+    "ending", ["SIGINT all", "SIGTERM launcher", "SIGTERM 0", "SIGTERM 1", "SIGINT 0", "SIGKILL 0", "SIGKILL 1"]
+)
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.stress
+def test_every_ending_ends_every_host(
+    count: int, ending: str, moment: str, demo: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(demo)
+    name, target = ending.split()
+    number = getattr(signal, name)
+    launcher = subprocess.Popen(
+        [*launch(count), str(HERE / "llmchat.py"), str(model)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+    output = b""
+    for wanted in {"loading": [b"Loading"], "prompt": [b"prompt ->"], "reply": [b"prompt ->", b"1, 2, 3"]}[moment]:
+        if wanted == b"1, 2, 3":
+            launcher.stdin.write(b"Count.\n")
+            launcher.stdin.flush()
+        while wanted not in output:
+            output += os.read(launcher.stdout.fileno(), 1 << 16)
+    hosts = sorted(processes_with(str(model)) - {launcher.pid})
+    assert len(hosts) == count
+    if target == "all":
+        os.killpg(launcher.pid, number)
+    else:
+        os.kill(launcher.pid if target == "launcher" else hosts[int(target)], number)
+    started = time.monotonic()
+    try:
+        while processes_with(str(model)) & {*hosts}:
+            assert time.monotonic() - started < 20, "a host is still there"
+            time.sleep(0.02)
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.communicate()
+
+
+FAILS_ON_ONE_HOST = """
+import os
+from mlx_lm.models import llama
+ModelArgs = llama.ModelArgs
+class Model(llama.Model):
+    def __call__(self, *arguments, **keywords):
+        if os.environ["MLX_RANK"] == "1" and os.path.exists({marker!r}):
+            raise RuntimeError("[metal::malloc] Out of memory")
+        return super().__call__(*arguments, **keywords)
+"""
+
+
+@needs_sharding
+def test_an_engine_that_fails_on_one_host_ends_all(demo: str, environment: dict[str, str], tmp_path: Path) -> None:
+    marker = tmp_path / "fail"
+
+    def fail_on_one_host(folder: Path) -> None:
+        edit_config(model_file="fails.py")(folder)
+        (folder / "fails.py").write_text(FAILS_ON_ONE_HOST.format(marker=str(marker)))
+
+    model = broken(tmp_path / "model", demo, fail_on_one_host)
+    hosts = start_hosts([environment] * 2, model, "--trust-remote-code", "--session", "talk")
+    hosts[0].stdin.write(b"What is the capital of France?\n")
+    hosts[0].stdin.flush()
+    output = b""
+    while b"Paris." not in output:
+        output += os.read(hosts[0].stdout.fileno(), 1 << 16)
+    marker.touch()
+    hosts[0].stdin.write(b"How many people live there?\n")
+    results = ends(hosts, "")
+    assert [status for status, _, _ in results] == [1, 1], results
+    assert "Out of memory" in results[1][2]
+    assert "connection to a peer was lost" in results[0][2]
+    # The prompt is kept, and what came before.
+    assert len(reread(Path(environment["HOME"]) / "talk")) == 3
+
+
+@needs_sharding
+def test_each_host_downloads_only_what_it_needs(shardable, hub: Hub, online: dict[str, str]) -> None:
+    hub.put("own/model", split_by_layers(shardable("hybrid", 2)))
+    environments = homes(online, 2)
+    for _ in range(2):
+        results = ends(start_hosts(environments, "own/model", "--pipeline", "-p", SAMPLE[0].prompt))
+        assert [status for status, _, _ in results] == [0, 0], results
+        assert results[0][1] == SAMPLE[0].answer + "\n"
+        assert results[1][1:] == ("", "")
+        # The second time nobody is asked.
+        online["HF_ENDPOINT"] = environments[1]["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    files = [{path.name for path in hub_cache(each).rglob("*.safetensors")} for each in environments]
+    assert files == [{"model-1.safetensors", "model-2.safetensors"}, {"model-0.safetensors", "model-2.safetensors"}]
+
+
+def split_by_layers(folder: str) -> Path:
+    """A copy of a model whose first two layers have files of their own, and all else a third one."""
+    import mlx.core as mx
+
+    copy = Path(f"{folder}-split")
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    parts: dict[str, dict] = {}
+    for file in Path(folder).glob("*.safetensors"):
+        for key, weight in mx.load(str(file)).items():
+            layer = re.search(r"layers\.(\d+)\.", key)
+            parts.setdefault(f"model-{layer[1] if layer else 2}.safetensors", {})[key] = weight
+    for name, part in parts.items():
+        mx.save_safetensors(str(copy / name), part)
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    return copy
+
+
+@needs_sharding
+def test_no_code_of_a_tokenizer_runs_on_any_host(demo: str, environment: dict[str, str], tmp_path: Path) -> None:
+    model = broken(tmp_path / "model", demo, own_tokenizer)
+    results = ends(start_hosts([environment] * 2, model))
+    assert 0 not in [status for status, _, _ in results]
+    assert "wants to run its own code" in results[0][2]
+    assert not (Path(model) / "ran").exists()
+
+
+def test_lines_from_a_launcher_are_shown_once(environment: dict[str, str]) -> None:
+    code = (
+        "import sys, llmchat; meetings = []; terminal = llmchat.Terminal(sys.stdin, sys.stdout, sys.stderr);"
+        "terminal.read_from_launcher(lambda: meetings.append(1) or len(meetings) == 1 and print('idle', flush=True))\n"
+        "while prompt := terminal.read_prompt(): print(repr(prompt))"
+    )
+    for watched in (False, True):
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**environment, "PYTHONPATH": str(HERE), **({"COLUMNS": "80"} if watched else {})},
+        ) as process:
+            # Two lines are there before their prompts, the second in pieces; the last is typed at its prompt.
+            process.stdin.write("one\ntwö".encode()[:-1])
+            process.stdin.flush()
+            output = b""
+            while b"idle" not in output:
+                output += os.read(process.stdout.fileno(), 1 << 16)
+            process.stdin.write("twö\n\n".encode()[-3:])
+            process.stdin.close()
+            output += process.stdout.read()
+        typed = "" if watched else "twö\n"
+        assert output.decode() == f"\nprompt -> one\n'one'\n\nprompt -> idle\n{typed}'twö'\n\nprompt -> \n"
