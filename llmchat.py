@@ -361,8 +361,8 @@ class Hosts:
     """The processes that hold one model together, each on a host of its own, or on a plain start just this one.
 
     Rank 0 alone reads, prints and writes files; the others do what it hands them. Every host has to make
-    the same calls in the same order, since each returns only once all have made it. A host that is lost
-    raises a fatal `ChatError` on the others. An empty one is for rank 0 to explain.
+    the same calls in the same order, since each returns only once all have made it. If a host is lost, they
+    raise a fatal `ChatError`; one without a sentence, on other hosts than rank 0, leaves that to rank 0.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -370,8 +370,8 @@ class Hosts:
         self.group = group
         self.rank: int = group.rank() if group else 0
         self.size: int = group.size() if group else 1
-        # Whether the others wait for what rank 0 shares next.
-        self.listening = True
+        # Whether the others wait for what rank 0 shares next, and don't do what it has handed them.
+        self._listening = True
 
     def _collect(self, collective: Callable[..., Any], value: Any) -> Any:
         import mlx.core as mx
@@ -390,16 +390,18 @@ class Hosts:
 
     def gather(self, value: int) -> list[int]:
         """The values that all hosts give, by rank."""
+        if self.size == 1:
+            return [value]
         import mlx.core as mx
 
-        return list(self._collect(mx.distributed.all_gather, [value]).tolist()) if self.size > 1 else [value]
+        return list(self._collect(mx.distributed.all_gather, [value]).tolist())
 
     def share(self, value: Any = None, source: int = 0) -> Any:
         """What the host of rank `source` gives, on every host: anything that JSON knows."""
-        import mlx.core as mx
-
         if self.size == 1:
             return value
+        import mlx.core as mx
+
         data = json.dumps(value).encode() if self.rank == source else b""
         while not (size := sum(self.gather(len(data)))):
             time.sleep(MEETING_S)
@@ -411,24 +413,29 @@ class Hosts:
         """Have nothing to share yet; rank 0 calls this while the others wait."""
         self.gather(0)
 
-    def lead(self, **turn: Any) -> None:
-        """Hand the others what they do next, and have all of them draw the same random numbers."""
+    @contextlib.contextmanager
+    def lead(self, **turn: Any) -> Iterator[None]:
+        """Hand the others what they do next while rank 0 does it too, all with the same random numbers."""
+        if self.size == 1:
+            yield
+            return
         import mlx.core as mx
 
-        if self.size > 1:
-            state: Any = mx.random.state
-            high, low = state[0].tolist()
-            self.share({**turn, "seed": high << 32 | low})
-            # The key that MLX makes of this is the one that is there already.
-            mx.random.seed(high << 32 | low)
-            self.listening = False
+        state: Any = mx.random.state
+        high, low = state[0].tolist()
+        self.share({**turn, "seed": high << 32 | low})
+        # The key that MLX makes of this is the one that is there already.
+        mx.random.seed(high << 32 | low)
+        self._listening = False
+        yield
+        self._listening = True
 
     def dismiss(self, status: int) -> None:
         """Have the others end with this status too, if they wait to be told something.
 
         After an error or a signal that they can't be told of, the launcher ends them.
         """
-        if self.size > 1 and self.rank == 0 and self.listening:
+        if self.size > 1 and self.rank == 0 and self._listening:
             with contextlib.suppress(ChatError):
                 self.share({"status": status})
 
@@ -482,8 +489,8 @@ def join_hosts() -> Hosts:
 
 # What mlx-lm loads, and beside it what mlx-lm's own `load` would download.
 WEIGHTS = "model*.safetensors"
-DOWNLOADED = (
-    *(WEIGHTS, "*.json", "*.py", "*.txt", "*.jsonl", "*.jinja"),
+BESIDE_WEIGHTS = (
+    *("*.json", "*.py", "*.txt", "*.jsonl", "*.jinja"),
     *("tokenizer.model", "*.tiktoken", "tiktoken.model"),
 )
 # Whose weights they are that MLX can't load, by the ending of their files.
@@ -811,7 +818,7 @@ def find_model(settings: Settings, hosts: Hosts) -> Path:
     alone = hosts.size == 1
     if is_complete(cached, weights=alone):
         return cached
-    return download(name, settings, hosts, DOWNLOADED if alone else DOWNLOADED[1:])
+    return download(name, settings, hosts, [*BESIDE_WEIGHTS, *([WEIGHTS] if alone else [])])
 
 
 def download(name: str, settings: Settings, hosts: Hosts, patterns: Sequence[str]) -> Path:
@@ -979,7 +986,7 @@ def check_adapter(settings: Settings, hosts: Hosts) -> None:
 
 
 def split(name: str, folder: Path, settings: Settings, hosts: Hosts) -> list[str]:
-    """The names of the weight files that this host's part of the network needs, as far as they are known.
+    """The weight files that this host's part of the network needs, by name or all together by their pattern.
 
     Raises `ChatError` for a model that can't be split among so many hosts.
     """
@@ -998,7 +1005,7 @@ def split(name: str, folder: Path, settings: Settings, hosts: Hosts) -> list[str
     if settings.pipeline:
         return split_layers(name, folder, net, hosts)
     split_heads(name, net, hosts)
-    return [file.name for file in weight_files(folder)]
+    return [file.name for file in weight_files(folder)] or [WEIGHTS]
 
 
 def split_layers(name: str, folder: Path, net: Any, hosts: Hosts) -> list[str]:
@@ -1032,10 +1039,10 @@ def split_heads(name: str, net: Any, hosts: Hosts) -> None:
     for part, key, count in counts:
         share = vars(part)[key]
         if share != count and isinstance(count, int) and share * hosts.size != count:
-            kind = "key-value heads" if "kv" in key or "key" in key else "heads"
+            heads = ("key-value head" if "kv" in key or "key" in key else "head") + "s" * (count > 1)
             raise ChatError(
-                f"{name} can't be shared evenly among {hosts.size} hosts: it has {count} {kind}. Take a number of hosts"
-                " that divides that."
+                f"{name} can't be shared evenly among {hosts.size} hosts: it has {count} {heads}. Take a number of"
+                " hosts that divides that."
             )
 
 
@@ -1043,7 +1050,8 @@ def fetch_part(name: str, folder: Path, needed: Sequence[str], settings: Setting
     """Download what is missing of the weight files that this host needs. Raises `ChatError` where that can't be."""
 
     def missing() -> list[str]:
-        return [file for file in needed if not (folder / file).exists()]
+        names = [entry.name for entry in folder.iterdir()]
+        return [file for file in needed if not fnmatch.filter(names, file)]
 
     if missing() and hub_cache() in folder.parents:
         download(name, dataclasses.replace(settings, revision=folder.name), hosts, needed)
@@ -1517,9 +1525,9 @@ class Conversation:
             raise ChatError("There is nothing to continue: the last reply is complete.")
         if limit and held >= limit:
             raise ChatError(f"The reply can't go on: the model's {limit} tokens are full. /clear starts over.")
-        budget = self._budget(held)
-        self._model.hosts.lead(settings=dataclasses.asdict(self._settings), budget=budget)
-        return self._speak(live, Statistics(held, held, limit), budget, time.perf_counter(), stop)
+        started, budget = time.perf_counter(), self._budget(held)
+        with self._model.hosts.lead(settings=dataclasses.asdict(self._settings), budget=budget):
+            yield from self._speak(live, Statistics(held, held, limit), started, stop)
 
     def undo(self) -> str:
         """Take the last turn back; return its prompt."""
@@ -1605,25 +1613,22 @@ class Conversation:
             yield Piece("notice", f"{turns} the model's {self._model.context_length} tokens: left out from here on.")
         self._drop_live()
         shared = 0 if self._cache.can_trim else self._shared_with_next_turn(messages[fitting:], tokens)
-        budget, settings = self._budget(len(tokens)), self._settings
-        self._model.hosts.lead(settings=dataclasses.asdict(settings), budget=budget, tokens=tokens, shared=shared)
-        statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
-        choice = sampling(self._model, settings, tokens)
-        responses = self._cache.stream(self._model.tokenizer, tokens, shared, stop, progress, **choice)
         opened = self._format.opened_by(text)
+        splitter = ThoughtSplitter(self._format, bool(opened))
         # What --no-history leaves out is left out of this turn only.
-        later = fitting if settings.history else min(self._first, len(before))
-        live = Reply(messages, later, responses, ThoughtSplitter(self._format, bool(opened)), opened)
-        yield from self._speak(live, statistics, budget, started, stop)
+        later = fitting if self._settings.history else min(self._first, len(before))
+        turn = {"tokens": tokens, "shared": shared, "budget": self._budget(len(tokens))}
+        with self._model.hosts.lead(settings=dataclasses.asdict(self._settings), **turn):
+            statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
+            choice = sampling(self._model, self._settings, tokens)
+            responses = self._cache.stream(self._model.tokenizer, tokens, shared, stop, progress, **choice)
+            live = Reply(messages, later, responses, splitter, opened)
+            yield from self._speak(live, statistics, started, stop)
 
-    def _speak(
-        self, live: Reply, statistics: Statistics, budget: int, started: float, stop: Callable[[], bool]
-    ) -> Iterator[Piece]:
-        """Yield pieces of a reply, then keep what was said.
-
-        `budget` is how many tokens it may have, `started` the `perf_counter` of the prompt.
-        """
+    def _speak(self, live: Reply, statistics: Statistics, started: float, stop: Callable[[], bool]) -> Iterator[Piece]:
+        """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
         self.statistics = statistics
+        budget = self._budget(statistics.prompt_tokens)
         self._live = None
         failed = True
         try:
@@ -1641,7 +1646,6 @@ class Conversation:
                 yield from live.splitter.finish()
             elif statistics.finish_reason is None and statistics.generation_tokens == budget:
                 statistics.finish_reason = "length"
-            self._model.hosts.listening = True
             failed = False
         except GeneratorExit:
             # Whoever consumes the reply has heard enough.
@@ -2590,9 +2594,8 @@ def run(settings: Settings, terminal: Terminal, hosts: Hosts) -> None:
         terminal.note(session.warning)
     if draft and not (chatting and terminal.interactive):
         terminal.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
-    hosts.lead(settings=dataclasses.asdict(settings))
-    conversation = Conversation(load_model(settings, hosts), settings, messages)
-    hosts.listening = True
+    with hosts.lead(settings=dataclasses.asdict(settings)):
+        conversation = Conversation(load_model(settings, hosts), settings, messages)
     interrupts = Interrupts()
     chat = Chat(conversation, terminal, settings, interrupts, session)
     chat.draft = as_typed(draft)
