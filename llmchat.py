@@ -1854,6 +1854,9 @@ PATIENCE_S = 1.0
 # Pasted lines follow each other faster than this, and typed ones don't.
 BURST_S = 0.03
 
+# After this mlx.launch has passed on what it was given.
+LAUNCHER_S = 0.15
+
 # The first GNU readline that ends the line itself at Ctrl+D when it has pastes marked: 8.1.
 MARKED_PASTES_VERSION = 0x0801
 
@@ -1940,9 +1943,11 @@ class Terminal:
         self.interactive = stdin.isatty() and stdout.isatty()
         # Whether somebody watches, and is to see thoughts too.
         self.watched = self.interactive
-        # What is done while a launcher has no line to hand on, and what it has handed on of later lines.
+        # What is done while a launcher has no line to hand on, what it has handed on of later lines, and whether
+        # standard error was the last that was written to.
         self._idle: Callable[[], None] | None = None
         self._ahead = b""
+        self._noted = False
         self._dumb = os.environ.get("TERM", "dumb") == "dumb"
         self._styled = not (self._dumb or os.environ.get("NO_COLOR"))
         self.hide_thoughts = False
@@ -1970,17 +1975,23 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """Put text into the session."""
+        if self._noted and self._idle:
+            # The launcher looks for output ten times a second: this would stand before what was noted before it.
+            time.sleep(LAUNCHER_S)
+        self._noted = False
         self._stdout.write(text)
         self._stdout.flush()
 
     def note(self, text: str) -> None:
         """Tell the user something that is not part of the session, dim on a terminal."""
         self._write_dim(cleaned(text), "\n")
+        self._noted = True
 
     def error(self, text: str) -> None:
         """Say what went wrong."""
         self._stderr.write(f"llmchat: error: {cleaned(text)}\n")
         self._stderr.flush()
+        self._noted = True
 
     def progress(self, done: int, total: int) -> None:
         """Show how much of a long prompt has been read, on a terminal."""
@@ -2718,7 +2729,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         terminal.close()
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            # A launcher ends all hosts once one has ended; by now this one has a status, and little left to do.
+            signal.signal(number, handler if hosts.size == 1 else lambda *_: None)
     hosts.dismiss(status)
     return status
 
