@@ -383,6 +383,7 @@ class Hosts:
                 result = collective(mx.array(value), group=self.group)
                 mx.eval(result)
         except RuntimeError as error:
+            self._listening = False
             raise ChatError(
                 "" if self.rank else f"Another host is gone, so the chat can't go on: {one_line(error)}.", fatal=True
             ) from error
@@ -439,10 +440,16 @@ class Hosts:
             with contextlib.suppress(ChatError):
                 self.share({"status": status})
 
-    def let_rank_0_speak(self) -> None:
-        """Wait before an error is said that all may have met: rank 0 says it, and the launcher then ends the others."""
-        if self.rank:
+    def in_turn(self, sentence: str) -> str:
+        """The sentence as this host says it, when it may: what all have met rank 0 says, and is ended for by now."""
+        if self.rank == 0:
+            return sentence
+        with contextlib.suppress(KeyboardInterrupt):
             time.sleep(LEAVE_S)
+        return self._named(sentence)
+
+    def _named(self, sentence: str) -> str:
+        return f"On {platform.node()}: {sentence}" if sentence and self.rank else sentence
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -453,9 +460,9 @@ class Hosts:
         except ChatError as error:
             if self.size == 1:
                 raise
-            own = f"On {platform.node()}: {error}" if self.rank else str(error)
+            own = str(error)
         if self.size > 1:
-            complaints = [self.share(own, rank) for rank in range(self.size)]
+            complaints = [self.share(self._named(own), rank) for rank in range(self.size)]
             if any(complaints):
                 raise ChatError(next(filter(None, complaints)) if self.rank == 0 else "")
 
@@ -973,6 +980,9 @@ def load_engine(name: str, folder: Path, settings: Settings, hosts: Hosts) -> tu
             group = {"pipeline_group" if settings.pipeline else "tensor_group": hosts.group}
             loaded = mlx_lm.utils.sharded_load(str(folder), **group, **trusting(mlx_lm.utils.sharded_load, settings))
     except Exception as error:
+        if hosts.size > 1 and isinstance(error, RuntimeError):
+            # Most likely of another host's end, on which only that one can say more.
+            raise ChatError(f"{name} could not be loaded on all hosts: {one_line(error)}.") from error
         raise ChatError(load_failure(name, folder, error)) from error
     return loaded[0], loaded[1]
 
@@ -1073,6 +1083,10 @@ def load_model(settings: Settings, hosts: Hosts | None = None) -> Model:
         config = check_folder(name, folder, files, settings, hosts)
         check_adapter(settings, hosts)
         needed = split(name, folder, settings, hosts) if hosts.size > 1 else []
+    version = [config, folder.name if hub_cache() in folder.parents else ""]
+    with hosts.together():
+        if hosts.share(version) != version:
+            raise ChatError(f"{name} is another model here than on the first host, or another version of it.")
     fetch_part(name, folder, needed, settings, hosts)
     net, tokenizer = load_engine(name, folder, settings, hosts)
     if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
@@ -2479,7 +2493,9 @@ class Chat:
 
     def _help(self, rest: str) -> None:
         rows = [(f"{name} {command.arguments}".strip(), command.help) for name, command in COMMANDS.items()]
-        rows += [(", ".join(LEAVE_WORDS), "leave (Ctrl+D too)"), ("Ctrl+C", "stop the reply, or drop the line")]
+        keys = self._terminal.interactive
+        rows += [(", ".join(LEAVE_WORDS), "leave" + " (Ctrl+D too)" * keys)]
+        rows += [("Ctrl+C", "stop the reply, or drop the line")] * keys
         width = max(len(left) for left, _ in rows)
         self._terminal.write("".join(f"{left:{width}}  {right}\n" for left, right in rows))
 
@@ -2565,7 +2581,7 @@ def shown_value(value: Any) -> str:
 def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
     """What `-p TEXT` sends: piped standard input goes before TEXT, and is all there is if TEXT is `-`."""
     if launched and text == "-":
-        raise ChatError("mlx.launch never tells where standard input ends: give -p the text itself.")
+        raise ChatError("mlx.launch never tells where standard input ends: give --prompt the text itself.")
     piped = "" if stdin.isatty() or launched else stdin.read().strip("\n")
     prompt = piped if text == "-" else "\n\n".join(part for part in (piped, text) if part)
     if not prompt.strip():
@@ -2711,8 +2727,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = start(argv, terminal, hosts) if hosts.rank == 0 else follow(hosts)
     except ChatError as error:
         if str(error) and not leave.status:
-            hosts.let_rank_0_speak()
-            terminal.error(str(error))
+            terminal.error(hosts.in_turn(str(error)))
         # An import that a signal breaks off may say so with an error of its own.
         status = leave.status or error.status
     except KeyboardInterrupt:
