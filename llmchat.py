@@ -441,28 +441,30 @@ class Hosts:
                 self.share({"status": status})
 
     def in_turn(self, sentence: str) -> str:
-        """The sentence as this host says it, when it may: what all have met rank 0 says, and is ended for by now."""
-        if self.rank == 0:
-            return sentence
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(LEAVE_S)
+        """What to say of an error, when it is this host's turn: if all have met it, rank 0 alone comes to say so.
+
+        Once rank 0 has ended, the launcher ends the others.
+        """
+        if self.rank:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(LEAVE_S)
         return self._named(sentence)
 
     def _named(self, sentence: str) -> str:
-        return f"On {platform.node()}: {sentence}" if sentence and self.rank else sentence
+        return f"On {platform.node()}: {sentence}" if self.rank else sentence
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Have every host fail if one does: rank 0 with the first complaint there is, the others in silence."""
-        own = ""
+        complaint = ""
         try:
             yield
         except ChatError as error:
             if self.size == 1:
                 raise
-            own = str(error)
+            complaint = self._named(str(error))
         if self.size > 1:
-            complaints = [self.share(self._named(own), rank) for rank in range(self.size)]
+            complaints = [self.share(complaint, rank) for rank in range(self.size)]
             if any(complaints):
                 raise ChatError(next(filter(None, complaints)) if self.rank == 0 else "")
 
