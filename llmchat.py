@@ -1973,7 +1973,7 @@ class Terminal:
         self._marked_pastes = marked_pastes
         # The modes in which the terminal was found: what `tcgetattr` says.
         self._found: list[Any] | None = None
-        self._history = PromptHistory(history) if history and self.interactive else None
+        self._history = PromptHistory(history) if history else None
         self._history_failed = False
         # Of the prompt being read: its lines so far, and what an earlier one left in the editor's buffer.
         self._lines: list[str] = []
@@ -2272,13 +2272,13 @@ class Terminal:
         )
 
     def remember(self, prompt: str) -> None:
-        """Add a prompt to the history, in the line editor and on disk."""
-        if self._readline is None or self._history is None:
+        """Add a prompt that somebody typed to the history, in the line editor and on disk."""
+        if self._history is None or not self.watched:
             return
         new = True
         with self._warned_of_history():
             new = self._history.add(prompt)
-        if new:
+        if new and self._readline:
             self._readline.add_history(prompt)
 
     @contextlib.contextmanager

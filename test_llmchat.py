@@ -3031,6 +3031,7 @@ def test_rank_0_alone_reads_and_writes(demo: str, environment: dict[str, str]) -
     environments = homes(environment, 2)
     (Path(environments[1]["HOME"]) / ".llmchat_config").write_text("temperature = nonsense\nmax-tokens = 1\n")
     stdin = "What is the capital of France?\n/save copy\n"
+    environments = [{**each, "COLUMNS": "80"} for each in environments]
     results = ends(start_hosts(environments, demo, "--session", "talk"), stdin)
     assert [status for status, _, _ in results] == [0, 0]
     assert results[0][1] == (
@@ -3039,7 +3040,7 @@ def test_rank_0_alone_reads_and_writes(demo: str, environment: dict[str, str]) -
     )
     assert results[1][1:] == ("", "")
     first, second = ({path.name for path in Path(each["HOME"]).iterdir()} for each in environments)
-    assert first == {"hosts.json", "talk", "copy"}
+    assert first == {"hosts.json", "talk", "copy", ".llmchat_history"}
     assert second == {".llmchat_config"}
 
 
