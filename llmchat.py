@@ -1940,7 +1940,8 @@ class Terminal:
     """Reads prompts and shows pieces: the session goes to standard output, all else to standard error.
 
     On a terminal the line editor is on and thoughts are shown. Elsewhere a line that was read is written
-    after its prompt, and thoughts are left out, so that a transcript reads the same either way.
+    after its prompt, and thoughts are left out, so that a transcript reads the same either way. A launcher
+    that stands between a terminal and this program leaves it something of both.
     """
 
     def __init__(
@@ -2607,9 +2608,19 @@ def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message],
     return session, messages, draft
 
 
+def welcome(settings: Settings, terminal: Terminal, hosts: Hosts, turns: int) -> None:
+    """Say that the model is there, to somebody who watches also how to go on, and how many turns the session has."""
+    terminal.write("Model loaded successfully!\n")
+    if terminal.watched:
+        among = f" on {hosts.size} hosts" if hosts.size > 1 else ""
+        leave = "quit or Ctrl+D leaves" if terminal.interactive else "quit leaves"
+        terminal.note(f"{Path(str(settings.model)).name}{among} · /help lists the commands · {leave}")
+    if turns:
+        terminal.note(f"Going on with {turns} turn{'s' * (turns > 1)} of {settings.session}.")
+
+
 def run(settings: Settings, terminal: Terminal, hosts: Hosts) -> None:
     """Load the model, then chat or answer one prompt. Raises `ChatError`."""
-    name = cleaned(str(settings.model))
     try:
         Path.cwd()
     except OSError as error:
@@ -2617,7 +2628,7 @@ def run(settings: Settings, terminal: Terminal, hosts: Hosts) -> None:
     chatting = settings.prompt is None
     prompt = one_shot_prompt(str(settings.prompt), sys.stdin, hosts.size > 1) if not chatting else ""
     if chatting:
-        terminal.write(f"Loading model {name}...\n")
+        terminal.write(f"Loading model {cleaned(str(settings.model))}...\n")
     session, messages, draft = open_session(settings)
     if session and session.warning:
         terminal.note(session.warning)
@@ -2632,16 +2643,9 @@ def run(settings: Settings, terminal: Terminal, hosts: Hosts) -> None:
         if not chatting:
             chat.reply_once(prompt)
             return
-        terminal.write("Model loaded successfully!\n")
-        if terminal.watched:
-            among = f" on {hosts.size} hosts" if hosts.size > 1 else ""
-            leave = "quit or Ctrl+D leaves" if terminal.interactive else "quit leaves"
-            terminal.note(f"{Path(name).name}{among} · /help lists the commands · {leave}")
+        welcome(settings, terminal, hosts, len(messages) // 2)
         if terminal.interactive:
             signal.signal(signal.SIGINT, interrupts)
-        if messages:
-            count = len(messages) // 2
-            terminal.note(f"Going on with {count} turn{'s' * (count > 1)} of {settings.session}.")
         terminal.open_line_editor(completions)
         chat.run()
     finally:
