@@ -3175,7 +3175,7 @@ def test_an_engine_that_fails_on_one_host_ends_all(demo: str, environment: dict[
     hosts = start_hosts([environment] * 2, model, "--trust-remote-code", "--session", "talk")
     hosts[0].stdin.write(b"What is the capital of France?\n")
     hosts[0].stdin.flush()
-    wait_for(hosts[0], "Paris.")
+    wait_for(hosts[0], "Paris.\n\nprompt -> ")
     marker.touch()
     hosts[0].stdin.write(b"How many people live there?\n")
     results = ends(hosts, "")
