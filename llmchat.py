@@ -53,7 +53,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import re
 import select
 import signal
@@ -451,7 +450,7 @@ class Hosts:
         return self._named(sentence)
 
     def _named(self, sentence: str) -> str:
-        return f"On {platform.node()}: {sentence}" if self.rank else sentence
+        return f"On {os.uname().nodename}: {sentence}" if self.rank else sentence
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
