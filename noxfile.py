@@ -5,6 +5,7 @@
 
 import os
 import pathlib
+import signal
 
 import nox
 
@@ -55,7 +56,10 @@ def demo(session: nox.Session) -> None:
     session.install(".", "pytest>=8")
     folder = str(CACHE / "demo")
     session.run("python", "-c", f"import test_llmchat; test_llmchat.build_demo({folder!r})", silent=True)
+    # Ctrl+C is for the chat: nox would end it.
+    interrupt = signal.signal(signal.SIGINT, lambda *_: None)
     session.run("llmchat", folder, *session.posargs)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @nox.session(python="3.11")
