@@ -58,8 +58,10 @@ def demo(session: nox.Session) -> None:
     session.run("python", "-c", f"import test_llmchat; test_llmchat.build_demo({folder!r})", silent=True)
     # Ctrl+C is for the chat: nox would end it.
     interrupt = signal.signal(signal.SIGINT, lambda *_: None)
-    session.run("llmchat", folder, *session.posargs)
-    signal.signal(signal.SIGINT, interrupt)
+    try:
+        session.run("llmchat", folder, *session.posargs)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @nox.session(python="3.11")
