@@ -414,7 +414,7 @@ class Hosts:
         self.gather(0)
 
     @contextlib.contextmanager
-    def lead(self, **turn: Any) -> Iterator[None]:
+    def lead(self, settings: Settings, **turn: Any) -> Iterator[None]:
         """Hand the others what they do next while rank 0 does it too, all with the same random numbers."""
         if self.size == 1:
             yield
@@ -423,7 +423,7 @@ class Hosts:
 
         state: Any = mx.random.state
         high, low = state[0].tolist()
-        self.share({**turn, "seed": high << 32 | low})
+        self.share({**turn, "settings": dataclasses.asdict(settings), "seed": high << 32 | low})
         # The key that MLX makes of this is the one that is there already.
         mx.random.seed(high << 32 | low)
         self._listening = False
@@ -523,6 +523,11 @@ def hub_cache() -> Path:
     return Path(os.path.expandvars(os.path.expanduser(folder)))
 
 
+def is_cached(folder: Path) -> bool:
+    """Whether a model folder is one of the hub cache, so that what is missing or broken there can be downloaded."""
+    return hub_cache() in folder.parents
+
+
 def read_json(text: bytes) -> Any:
     """What stands in a JSON text. Raises `ValueError` for whatever is wrong with it."""
     try:
@@ -531,14 +536,22 @@ def read_json(text: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def weight_map(folder: Path) -> Any:
+    """Which file holds each weight, by the index, of which nothing is certain."""
+    return read_json((folder / "model.safetensors.index.json").read_bytes())["weight_map"]
+
+
+# What may come of a `weight_map` and its use.
+NO_WEIGHT_MAP = (OSError, ValueError, TypeError, KeyError, AttributeError)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files that a model folder should hold, whether or not they are there.
 
     An index names them; without one a shard's name says how many there are. Nothing found is an empty list.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        index = read_json((folder / "model.safetensors.index.json").read_bytes())
-        return sorted({folder / name for name in index["weight_map"].values()})
+    with contextlib.suppress(*NO_WEIGHT_MAP):
+        return sorted({folder / name for name in weight_map(folder).values()})
     found = []
     # What can't be the name of a folder is one in which nothing is found.
     with contextlib.suppress(OSError, ValueError):
@@ -559,8 +572,9 @@ def is_complete(folder: Path, *, weights: bool = True) -> bool:
 
     A file is only there when it is whole.
     """
-    needed = [folder / "config.json", folder / "tokenizer_config.json", *(weight_files(folder) if weights else ())]
-    return bool(weight_files(folder)) and all(file.exists() for file in needed)
+    files = weight_files(folder)
+    needed = [folder / "config.json", folder / "tokenizer_config.json", *(files if weights else ())]
+    return bool(files) and all(file.exists() for file in needed)
 
 
 def snapshot(name: str, revision: str | None) -> Path:
@@ -799,7 +813,7 @@ def damage(file: Path) -> str:
 
 def mend(folder: Path) -> str:
     """What to do about broken files in a model folder."""
-    if hub_cache() in folder.parents:
+    if is_cached(folder):
         return f"Remove {folder.parent.parent}, and it is downloaded again."
     return f"Put a whole copy of the model into {folder}."
 
@@ -930,7 +944,7 @@ def check_folder(name: str, folder: Path, weights: list[Path], settings: Setting
     try:
         names = [entry.name for entry in folder.iterdir()]
         # In the hub cache the weights of a model for several hosts may come later; they have been seen on the hub.
-        if hosts.size == 1 or hub_cache() not in folder.parents:
+        if hosts.size == 1 or not is_cached(folder):
             check_files(name, names)
         config = read_model_config(folder, name)
         check_config(name, config, names, settings)
@@ -973,10 +987,9 @@ def load_engine(name: str, folder: Path, settings: Settings, hosts: Hosts) -> tu
     """The network, or this host's part of it, and the tokenizer. Raises `ChatError` where mlx-lm can't load them."""
     import mlx_lm.utils
 
-    adapter = settings.adapter
     try:
         if hosts.size == 1:
-            loaded = mlx_lm.load(str(folder), adapter_path=adapter, **trusting(mlx_lm.load, settings))
+            loaded = mlx_lm.load(str(folder), adapter_path=settings.adapter, **trusting(mlx_lm.load, settings))
         else:
             group = {"pipeline_group" if settings.pipeline else "tensor_group": hosts.group}
             loaded = mlx_lm.utils.sharded_load(str(folder), **group, **trusting(mlx_lm.utils.sharded_load, settings))
@@ -1013,35 +1026,36 @@ def split(name: str, folder: Path, settings: Settings, hosts: Hosts) -> list[str
         net, _ = mlx_lm.utils.load_model(folder, lazy=True, strict=False, **trust)
     except Exception as error:
         raise ChatError(load_failure(name, folder, error)) from error
+    by_heads, by_layers = hasattr(net, "shard"), hasattr(getattr(net, "model", None), "pipeline")
     if settings.pipeline:
+        if not by_layers:
+            other = "leave out --pipeline" if by_heads else "name another model"
+            raise ChatError(f"mlx-lm can't split {name} by its layers: {other}.")
         return split_layers(name, folder, net, hosts)
+    if not by_heads:
+        other = "--pipeline can" if by_layers else "name another model"
+        raise ChatError(f"mlx-lm can't share the heads of {name} among hosts; {other}.")
     split_heads(name, net, hosts)
     return [file.name for file in weight_files(folder)] or [WEIGHTS]
 
 
 def split_layers(name: str, folder: Path, net: Any, hosts: Hosts) -> list[str]:
     """The names of the weight files with this host's layers, and with what belongs to no layer."""
-    if not hasattr(getattr(net, "model", None), "pipeline"):
-        other = "leave out --pipeline" if hasattr(net, "shard") else "name another model"
-        raise ChatError(f"mlx-lm can't split {name} by its layers: {other}.")
     count = len(net.model.layers)
     if count < hosts.size:
         raise ChatError(f"{name} can't be split by its layers among {hosts.size} hosts: it has {count}.")
     try:
-        index = read_json((folder / "model.safetensors.index.json").read_bytes())["weight_map"].items()
+        files = weight_map(folder).items()
         net.model.pipeline(hosts.group)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except NO_WEIGHT_MAP as error:
         raise ChatError(f"{name} can't be split by its layers among {hosts.size} hosts: {one_line(error)}.") from error
     mine = range(net.model.start_idx, net.model.end_idx or 0)
-    layers = [(file, re.search(r"(?:^|\.)layers\.(\d+)\.", key)) for key, file in index]
+    layers = [(file, re.search(r"(?:^|\.)layers\.(\d+)\.", key)) for key, file in files]
     return sorted({str(file) for file, layer in layers if layer is None or int(layer[1]) in mine})
 
 
 def split_heads(name: str, net: Any, hosts: Hosts) -> None:
     """Raise `ChatError` unless every layer's heads can be shared out evenly; mlx-lm itself rounds their number down."""
-    if not hasattr(net, "shard"):
-        other = "--pipeline can" if hasattr(getattr(net, "model", None), "pipeline") else "name another model"
-        raise ChatError(f"mlx-lm can't share the heads of {name} among hosts; {other}.")
     counts = [(part, key, count) for part in net.modules() for key, count in vars(part).items()]
     try:
         net.shard(hosts.group)
@@ -1057,14 +1071,22 @@ def split_heads(name: str, net: Any, hosts: Hosts) -> None:
             )
 
 
-def fetch_part(name: str, folder: Path, needed: Sequence[str], settings: Settings, hosts: Hosts) -> None:
-    """Download what is missing of the weight files that this host needs. Raises `ChatError` where that can't be."""
+def fetch_part(name: str, folder: Path, config: dict[str, Any], settings: Settings, hosts: Hosts) -> None:
+    """Download what is missing of the weight files that this host needs.
+
+    Raises `ChatError`, on all hosts if the model can't be split or is not the same on all, where that can't be.
+    """
+    version = [config, folder.name if is_cached(folder) else ""]
+    with hosts.together():
+        if hosts.share(version) != version:
+            raise ChatError(f"{name} is another model here than on the first host, or another version of it.")
+        needed = split(name, folder, settings, hosts)
 
     def missing() -> list[str]:
         names = [entry.name for entry in folder.iterdir()]
         return [file for file in needed if not fnmatch.filter(names, file)]
 
-    if missing() and hub_cache() in folder.parents:
+    if missing() and is_cached(folder):
         download(name, dataclasses.replace(settings, revision=folder.name), hosts, needed)
         check_weights(name, folder, sorted(folder.glob(WEIGHTS)))
     if lacking := missing():
@@ -1083,15 +1105,11 @@ def load_model(settings: Settings, hosts: Hosts | None = None) -> Model:
             read_ahead(files)
         config = check_folder(name, folder, files, settings, hosts)
         check_adapter(settings, hosts)
-        needed = split(name, folder, settings, hosts) if hosts.size > 1 else []
-    version = [config, folder.name if hub_cache() in folder.parents else ""]
-    with hosts.together():
-        if hosts.share(version) != version:
-            raise ChatError(f"{name} is another model here than on the first host, or another version of it.")
-    fetch_part(name, folder, needed, settings, hosts)
+    if hosts.size > 1:
+        fetch_part(name, folder, config, settings, hosts)
     net, tokenizer = load_engine(name, folder, settings, hosts)
     if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
-        other = instruct_sibling(name) if hub_cache() in folder.parents else EXAMPLE_MODEL
+        other = instruct_sibling(name) if is_cached(folder) else EXAMPLE_MODEL
         raise ChatError(f"{name} has no chat template, so it can't hold a conversation; try {other}.")
     return Model(name, net, tokenizer, context_length(config), hosts)
 
@@ -1541,7 +1559,7 @@ class Conversation:
         if limit and held >= limit:
             raise ChatError(f"The reply can't go on: the model's {limit} tokens are full. /clear starts over.")
         started, budget = time.perf_counter(), self._budget(held)
-        with self._model.hosts.lead(settings=dataclasses.asdict(self._settings), budget=budget):
+        with self._model.hosts.lead(self._settings, budget=budget):
             yield from self._speak(live, Statistics(held, held, limit), started, stop)
 
     def undo(self) -> str:
@@ -1633,7 +1651,7 @@ class Conversation:
         # What --no-history leaves out is left out of this turn only.
         later = fitting if self._settings.history else min(self._first, len(before))
         turn = {"tokens": tokens, "shared": shared, "budget": self._budget(len(tokens))}
-        with self._model.hosts.lead(settings=dataclasses.asdict(self._settings), **turn):
+        with self._model.hosts.lead(self._settings, **turn):
             statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
             choice = sampling(self._model, self._settings, tokens)
             responses = self._cache.stream(self._model.tokenizer, tokens, shared, stop, progress, **choice)
@@ -2633,7 +2651,7 @@ def run(settings: Settings, terminal: Terminal, hosts: Hosts) -> None:
         terminal.note(session.warning)
     if draft and not (chatting and terminal.interactive):
         terminal.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
-    with hosts.lead(settings=dataclasses.asdict(settings)):
+    with hosts.lead(settings):
         conversation = Conversation(load_model(settings, hosts), settings, messages)
     interrupts = Interrupts()
     chat = Chat(conversation, terminal, settings, interrupts, session)
@@ -2697,6 +2715,7 @@ def leave_in_time() -> None:
             if select.select([reader], [], [], LEAVE_S)[0]:
                 number = os.read(reader, 1)[0]
                 break
+        # It may still leave by itself, and better.
         time.sleep(LEAVE_S)
         os._exit(128 + number)
 

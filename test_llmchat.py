@@ -328,15 +328,22 @@ def environment(tmp_path: Path, common: Path) -> dict[str, str]:
     }
 
 
-def run(environment: dict[str, str], *arguments: str, stdin: str = "", cwd: Path | None = None):
+def run(
+    environment: dict[str, str],
+    *arguments: str,
+    stdin: str = "",
+    cwd: Path | None = None,
+    program: list[str] = PROGRAM,
+    timeout: int = 120,
+):
     """Run the program through pipes."""
     return subprocess.run(
-        [*PROGRAM, *arguments],
+        [*program, *arguments],
         input=stdin.encode(),
         capture_output=True,
         env=environment,
         cwd=cwd or environment["HOME"],
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
 
@@ -2862,19 +2869,6 @@ def launch(count: int) -> list[str]:
     return [launcher, "-n", str(count), "--backend", "ring", "--starting-port", port, "--python", sys.executable]
 
 
-def run_launched(environment: dict[str, str], count: int, *arguments: str, stdin: str = ""):
-    """Run the program on several hosts as `run` does on one."""
-    return subprocess.run(
-        [*launch(count), str(HERE / "llmchat.py"), *arguments],
-        input=stdin.encode(),
-        capture_output=True,
-        env=environment,
-        cwd=environment["HOME"],
-        timeout=240,
-        check=False,
-    )
-
-
 def start_hosts(environments: list[dict[str, str]], *arguments: str) -> list[subprocess.Popen]:
     """Start the program once for each environment as the launcher would, but without it."""
     hosts = [[f"127.0.0.1:{port}"] for port in free_ports(len(environments))]
@@ -2904,6 +2898,16 @@ def ends(hosts: list[subprocess.Popen], stdin: str = "") -> list[tuple[int, str,
     finally:
         for host in hosts:
             host.kill()
+
+
+def wait_for(process: subprocess.Popen, wanted: str) -> str:
+    """What a process writes until this comes."""
+    output = ""
+    while wanted not in output:
+        data = os.read(process.stdout.fileno(), 1 << 16)
+        assert data, output
+        output += data.decode()
+    return output
 
 
 def homes(environment: dict[str, str], count: int) -> list[dict[str, str]]:
@@ -2944,7 +2948,7 @@ def lead_conversations(folder: str, pipeline: str) -> None:
     if hosts.rank:
         raise SystemExit(llmchat.follow(hosts))
     settings = Settings(model=folder, pipeline=bool(pipeline))
-    with hosts.lead(settings=dataclasses.asdict(settings)):
+    with hosts.lead(settings):
         model = Dictated(**vars(llmchat.load_model(settings, hosts)))
         conversation = Conversation(model, settings)
     for talk in FAMILY_CONVERSATIONS:
@@ -3001,14 +3005,9 @@ def test_hosts_hold_every_conversation_word_for_word(
     count: int, family: str, layers: int, pipeline: bool, shardable, environment: dict[str, str]
 ) -> None:
     code = "import sys, test_llmchat; test_llmchat.lead_conversations(*sys.argv[1:])"
-    done = subprocess.run(
-        [*launch(count), "-c", code, shardable(family, layers), "yes" * pipeline],
-        input=b"",
-        capture_output=True,
-        env={**environment, "PYTHONPATH": str(HERE)},
-        timeout=300,
-        check=False,
-    )
+    importing = {**environment, "PYTHONPATH": str(HERE)}
+    arguments = ["-c", code, shardable(family, layers), "yes" * pipeline]
+    done = run(importing, *arguments, program=launch(count), timeout=300)
     assert done.stdout == b"every word was right\n", done.stderr.decode()
 
 
@@ -3017,7 +3016,8 @@ def test_hosts_hold_every_conversation_word_for_word(
 def test_the_sample_session_on_several_hosts(count: int, demo: str, environment: dict[str, str]) -> None:
     stdin = "".join(f"{turn.prompt}\n" for turn in SAMPLE) + "/retry\n/undo\nWhat is my name?\nquit\n"
     alone = run(environment, demo, "--stats", stdin=stdin)
-    done = run_launched(environment, count, demo, "--stats", stdin=stdin)
+    launched = [*launch(count), PROGRAM[1]]
+    done = run(environment, demo, "--stats", stdin=stdin, program=launched, timeout=240)
     assert SAMPLE[-1].answer in done.stdout.decode()
     assert done.stdout == alone.stdout
     # What is computed, and what is reused.
@@ -3142,15 +3142,6 @@ def test_every_ending_ends_every_host(
         launcher.communicate()
 
 
-def wait_for(process: subprocess.Popen, wanted: str) -> None:
-    """Read a process's output until this comes."""
-    output = ""
-    while wanted not in output:
-        data = os.read(process.stdout.fileno(), 1 << 16)
-        assert data, output
-        output += data.decode()
-
-
 FAILS_ON_ONE_HOST = """
 import os
 from mlx_lm.models import llama
@@ -3272,11 +3263,9 @@ def test_lines_from_a_launcher_are_shown_once(environment: dict[str, str]) -> No
             # Two lines are there before their prompts, the second in pieces; the last is typed at its prompt.
             process.stdin.write("one\ntwö".encode()[:-1])
             process.stdin.flush()
-            output = b""
-            while b"idle" not in output:
-                output += os.read(process.stdout.fileno(), 1 << 16)
+            output = wait_for(process, "idle")
             process.stdin.write("twö\n\n".encode()[-3:])
             process.stdin.close()
-            output += process.stdout.read()
+            output += process.stdout.read().decode()
         typed = "" if watched else "twö\n"
-        assert output.decode() == f"\nprompt -> one\n'one'\n\nprompt -> idle\n{typed}'twö'\n\nprompt -> \n"
+        assert output == f"\nprompt -> one\n'one'\n\nprompt -> idle\n{typed}'twö'\n\nprompt -> \n"
