@@ -23,12 +23,14 @@ The rooms, in reading order; nothing is used before it is defined:
     Errors         one exception, a finished sentence
     Settings       every parameter, declared once: flag, config key, `/set` key, range, help
     Hosts          the processes that hold one model together, if mlx.launch started several
-    Model          finding it, checking it, loading it
+    Files          a model's files: folder, hub cache, download
+    Model          checking it before the weights come, loading it
     Prompt cache   the tokens whose state the engine holds, and the cheapest way to a new prompt
     Thoughts       telling a reasoning model's thoughts from its answer
     Conversation   messages, and replies as generators of pieces; never prints
-    Session        a conversation on disk
-    Terminal       reads prompts, shows pieces; knows nothing of MLX
+    Keeping        a conversation and the prompts on disk
+    Screen         shows pieces, notes and errors; knows nothing of MLX
+    Line editor    reads prompts
     Program        commands, the chat loop, signals, `main`
 
 Exit statuses: 0 done, 1 an error said in one sentence, 2 wrong usage or configuration, 130, 143 and
@@ -48,6 +50,7 @@ import difflib
 import errno
 import fcntl
 import fnmatch
+import glob
 import inspect
 import io
 import itertools
@@ -56,7 +59,6 @@ import os
 import re
 import select
 import signal
-import stat
 import sys
 import termios
 import threading
@@ -68,37 +70,6 @@ from typing import Any, Dict, NamedTuple, NoReturn, TextIO
 
 __version__ = "0.1.0"
 
-MAX_TOKENS = 512
-TEMPERATURE = 0.7
-TOP_P = 0.9
-
-# Tokens put through the model between two looks at Ctrl+C while a prompt is read (prefill).
-# mlx-lm's own default is 2048, which a small model on a slow machine takes a second for.
-PREFILL_STEP_TOKENS = 512
-
-# Below this a temperature is as good as 0, and 1 / temperature overflows a float32 further down.
-LEAST_TEMPERATURE = 1e-3
-
-# mlx-lm's own default for how many last tokens a repetition penalty looks at.
-REPETITION_CONTEXT_TOKENS = 20
-
-# Linux takes no more than about this much of one wish to have a file read ahead, and forgets the rest.
-READ_AHEAD_BYTES = 1 << 21
-
-# What is quoted of another program's error: enough for a file's path and a reason.
-READABLE_CHARACTERS = 300
-
-# What ends the program, with 128 and its number; but Ctrl+C on a terminal, once the model is loaded.
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-# How long the way out may take on one of several hosts, and how long the others wait for rank 0 to end first.
-LEAVE_S = 0.5
-
-CONFIG_FILE = ".llmchat_config"
-HISTORY_FILE = ".llmchat_history"
-HISTORY_ENTRIES = 1000
-HISTORY_BYTES = 1 << 20
-LEAVE_WORDS = ("quit", "bye", "exit")
 EXAMPLE_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 
 # A message of a conversation: its role, its content, and whatever else a session file says of it.
@@ -111,44 +82,59 @@ Message = Dict[str, str]
 class ChatError(Exception):
     """A finished sentence for the user: what happened, to what, and what would work instead."""
 
-    def __init__(self, sentence: str, status: int = 1, *, fatal: bool = False) -> None:
+    def __init__(self, sentence: str, status: int = 1) -> None:
         super().__init__(sentence)
         # What `main` is to return if nothing catches this: 1, or 2 for wrong usage or configuration.
         self.status = status
-        # Whether the chat can't go on.
-        self.fatal = fatal
 
 
-def shortened(text: str) -> str:
-    """A foreign text on one line, cut where nobody would read on."""
+class EngineError(ChatError):
+    """The engine failed. Among several hosts nobody knows then how far the others have come: the chat ends."""
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """Put a foreign text on one line, and cut it where nobody would read on."""
     text = " ".join(text.split())
-    return text if len(text) <= READABLE_CHARACTERS else text[: READABLE_CHARACTERS - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def one_line(error: BaseException) -> str:
-    """What a foreign error says, on one short line and never empty."""
-    return shortened(str(error)) or type(error).__name__
+    """Return a foreign error's words on one short line without a full stop, never empty."""
+    return shortened(str(error)).rstrip(".") or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Return the system's own words for an error, which libraries wrap in layers of theirs."""
+    while not (isinstance(error, OSError) and error.strerror):
+        # Also where the libraries say "from None".
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            return one_line(error)
+        error = inner
+    return error.strerror
 
 
 # -------------------------------------------------------------------------------------- Settings
 
 
+CONFIG_FILE = ".llmchat_config"
+
+
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """A question that names what is most like a mistyped word, or nothing."""
+    """Return a question that names the name most like a mistyped word, or nothing."""
     near = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def number(convert: Callable[[str], Any], low: float, high: float | None = None) -> Callable[[str], Any]:
-    """A parser of one number in [low, high]; it raises `ArgumentTypeError` with the range."""
+def number(convert: Callable[[str], Any], low: float, high: float = sys.float_info.max) -> Callable[[str], Any]:
+    """Return a parser of one number in [low, high]; it raises `ArgumentTypeError` with the range."""
     kind = "a whole number" if convert is int else "a number"
-    bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+    bounds = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
 
     def parse(text: str) -> Any:
+        # A NaN compares false with everything, and is refused.
         with contextlib.suppress(ValueError):
-            value = convert(text)
-            # Written so that a NaN, which compares false with everything, is refused.
-            if low <= value <= (sys.float_info.max if high is None else high):
+            if low <= (value := convert(text)) <= high:
                 return value
         raise argparse.ArgumentTypeError(f"must be {kind} {bounds}, not '{text}'")
 
@@ -156,154 +142,128 @@ def number(convert: Callable[[str], Any], low: float, high: float | None = None)
 
 
 def switch(text: str) -> bool:
-    """A yes or no as a config file or `/set` says it."""
-    for words, value in ((("true", "yes", "on", "1"), True), (("false", "no", "off", "0"), False)):
-        if text.lower() in words:
-            return value
+    """Parse a yes or no as a config file or `/set` says it."""
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
     raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
 
 
+def shown_value(value: Any) -> str:
+    """Return a parameter's value as a config file would say it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
+
+
+class Option(NamedTuple):
+    """A parameter as flags, config files and `/set` know it; `scope` says where else than as a flag it may be given."""
+
+    parse: Callable[[str], Any]
+    metavar: str | None
+    help: str
+    scope: str
+    flags: tuple[str, ...]
+
+
+FLAG, FILE, CHAT = "on the command line", "before the chat", "anywhere"
+
+
 def option(
-    default: Any,
-    parse: Callable[[str], Any],
-    help: str,
-    *,
-    flags: Sequence[str] = (),
-    metavar: str | None = None,
-    in_file: bool = True,
-    in_chat: bool = False,
+    default: Any, parse: Callable[[str], Any], metavar: str | None, help: str, scope: str = CHAT, *flags: str
 ) -> Any:
-    """Declare one parameter: everything that flags, config files and `/set` know of it is here."""
-    about = {"parse": parse, "help": help, "flags": flags, "metavar": metavar, "in_file": in_file, "in_chat": in_chat}
-    return dataclasses.field(default=default, metadata=about)
+    """Declare a parameter."""
+    shown = f"{help} (default {default})" if default and parse is not switch else help
+    return dataclasses.field(default=default, metadata={"option": Option(parse, metavar, shown, scope, flags)})
 
 
 @dataclasses.dataclass
 class Settings:
     """Every parameter of the program. A field's name is its key, with `-` for `_`."""
 
-    model: str | None = option(None, str, "a Hugging Face repository or a folder", metavar="MODEL")
+    model: str | None = option(None, str, "MODEL", "a Hugging Face repository or a folder", FILE)
     prompt: str | None = option(
-        None,
-        str,
-        "print the reply to TEXT and leave; piped standard input is put before it, - is standard input alone",
-        flags=["-p"],
-        metavar="TEXT",
-        in_file=False,
+        None, str, "TEXT", "print the reply to TEXT and leave; piped input goes before it, - is that alone", FLAG, "-p"
     )
-    system: str | None = option(None, str, "the system prompt", metavar="TEXT", in_chat=True)
-    max_tokens: int = option(
-        MAX_TOKENS, number(int, 1), f"the longest reply, in tokens (default {MAX_TOKENS})", metavar="N", in_chat=True
-    )
-    temperature: float = option(
-        TEMPERATURE,
-        number(float, 0, 10),
-        f"how freely words are chosen; 0 takes the likeliest (default {TEMPERATURE})",
-        metavar="T",
-        in_chat=True,
-    )
-    top_p: float = option(
-        TOP_P,
-        number(float, 0, 1),
-        f"choose among the likeliest tokens with this total probability (default {TOP_P}; 0 or 1 is off)",
-        metavar="P",
-        in_chat=True,
-    )
-    top_k: int = option(
-        0, number(int, 0), "choose among the K likeliest tokens (default 0: off)", metavar="K", in_chat=True
-    )
-    min_p: float = option(
-        0.0,
-        number(float, 0, 1),
-        "leave out tokens less likely than P times the likeliest (default 0: off)",
-        metavar="P",
-        in_chat=True,
-    )
+    system: str | None = option(None, str, "TEXT", "the system prompt")
+    max_tokens: int = option(512, number(int, 1), "N", "the longest reply, in tokens")
+    temperature: float = option(0.7, number(float, 0, 10), "T", "how freely words are chosen; 0 takes the likeliest")
+    top_p: float = option(0.9, number(float, 0, 1), "P", "choose among the likeliest with this total; 0 or 1 is off")
+    top_k: int = option(0, number(int, 0), "K", "choose among the K likeliest tokens; 0 is off")
+    min_p: float = option(0.0, number(float, 0, 1), "P", "leave out what is less likely than P times the likeliest")
     repetition_penalty: float = option(
-        1.0,
-        number(float, 0.01, 10),
-        f"make the last {REPETITION_CONTEXT_TOKENS} tokens less likely (default 1: off)",
-        metavar="X",
-        in_chat=True,
+        1.0, number(float, 0.01, 10), "X", "make the last 20 tokens of a reply less likely; 1 is off"
     )
-    seed: int | None = option(None, number(int, 0, 2**32 - 1), "make replies repeatable", metavar="N", in_chat=True)
-    history: bool = option(True, switch, "send each prompt alone, without the turns before it", in_chat=True)
-    think: bool | None = option(
-        None, switch, "ask a reasoning model to think, or not to (default: as its template does)", in_chat=True
-    )
-    hide_thoughts: bool = option(False, switch, "show that a reasoning model thinks, not what", in_chat=True)
-    stats: bool = option(False, switch, "show time, tokens and cache use after each reply", in_chat=True)
-    session: str | None = option(
-        None, str, "go on with the conversation in FILE (JSON Lines), and keep it there", metavar="FILE", in_file=False
-    )
-    adapter: str | None = option(None, str, "a LoRA adapter to load on top of the model", metavar="FOLDER")
-    revision: str | None = option(None, str, "the branch, tag or commit of the repository", metavar="NAME")
-    pipeline: bool = option(
-        False, switch, "on several Macs: give each host whole layers of the model, not a share of every layer"
-    )
-    trust_remote_code: bool = option(False, switch, "run code that the model repository brings along", in_file=False)
-    force: bool = option(False, switch, "load a model that seems too large for the memory, or not made for talking")
+    seed: int | None = option(None, number(int, 0, 2**32 - 1), "N", "make replies repeatable")
+    history: bool = option(True, switch, None, "send the turns before a prompt with it", FILE)
+    think: bool | None = option(None, switch, None, "have a reasoning model think or not, whatever its template does")
+    hide_thoughts: bool = option(False, switch, None, "show that a reasoning model thinks, not what")
+    stats: bool = option(False, switch, None, "show time, tokens and cache use after each reply")
+    session: str | None = option(None, str, "FILE", "go on with the conversation in FILE, and keep it there", FLAG)
+    adapter: str | None = option(None, str, "FOLDER", "a LoRA adapter to load on top of the model", FILE)
+    revision: str | None = option(None, str, "NAME", "the branch, tag or commit of the repository", FILE)
+    trust_remote_code: bool = option(False, switch, None, "run code that the model repository brings along", FLAG)
+    force: bool = option(False, switch, None, "load a model that seems too large, or not made for talking", FILE)
 
     # Where each value that is not a default came from: a file, "flag" or "here".
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def change(self, key: str, text: str, source: str, scopes: Collection[str] = (FILE, CHAT)) -> str:
+        """Take `key = text` as a config file or `/set` says it; return the field's name.
+
+        Raises `ArgumentTypeError` for an unknown key or a bad value. `no-KEY` is a switch turned round.
+        """
+        name, negated = KEYS.get(key.lower().replace("_", "-"), ("", False))
+        if not name:
+            raise argparse.ArgumentTypeError(f"is no setting{did_you_mean(key, KEYS)}")
+        if OPTIONS[name].scope not in scopes:
+            raise argparse.ArgumentTypeError(f"can only be given {OPTIONS[name].scope}")
+        if not text:
+            raise argparse.ArgumentTypeError("needs a value")
+        value = OPTIONS[name].parse(text)
+        setattr(self, name, not value if negated else value)
+        self.sources[name] = source
+        return name
+
+    def read(self, path: Path) -> None:
+        """Take in a file of `key = value` lines, if it is there.
+
+        A `#` first in a line, or between blanks, starts a comment. Raises `ChatError` naming file and line.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            return
+        except (OSError, UnicodeDecodeError) as error:
+            raise ChatError(f"{path} could not be read: {one_line(error)}. Mend or remove it.", 2) from error
+        for count, line in enumerate(lines, 1):
+            text = re.sub(r"^\s*#.*|\s#(\s.*)?$", "", line).strip()
+            key, equals, value = (part.strip() for part in text.partition("="))
+            try:
+                if text and not equals:
+                    raise argparse.ArgumentTypeError("is not of the form 'key = value'")
+                if text:
+                    self.change(key, value, str(path))
+            except argparse.ArgumentTypeError as error:
+                raise ChatError(f"{path}:{count}: {key} {error}", 2) from error
+
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages, after the system prompt if there is one."""
+        """Return the messages after the system prompt, if there is one."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
 
-OPTIONS = {field.name.replace("_", "-"): field for field in dataclasses.fields(Settings) if "parse" in field.metadata}
+OPTIONS: dict[str, Option] = {
+    field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata
+}
 
-
-def option_for(key: str, value: str) -> tuple[dataclasses.Field[Any], Any]:
-    """The option and the value that `key = value` means, as in a config file or `/set`.
-
-    Raises `ArgumentTypeError` for an unknown key or a bad value. `no-KEY` is a switch turned round.
-    """
-    name = key.lower().replace("_", "-")
-    negated = name.startswith("no-") and name[3:] in OPTIONS and OPTIONS[name[3:]].metadata["parse"] is switch
-    field = OPTIONS.get(name[3:] if negated else name)
-    if field is None:
-        raise argparse.ArgumentTypeError(f"is no setting{did_you_mean(name, OPTIONS)}")
-    if not value:
-        raise argparse.ArgumentTypeError("needs a value")
-    parsed = field.metadata["parse"](value)
-    return field, (not parsed if negated else parsed)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The parameters in a file of `key = value` lines; a `#` first in a line, or between blanks, starts a comment.
-
-    A file that is not there says nothing. Raises `ChatError` naming file and line.
-    """
-    if not path.exists():
-        return {}
-    try:
-        if not path.is_file():
-            raise OSError("it is no file")
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChatError(f"{path} could not be read: {one_line(error)}. Mend or remove it.", 2) from error
-    values: dict[str, Any] = {}
-    for count, line in enumerate(lines, 1):
-        text = re.sub(r"^\s*#.*|\s#(\s.*)?$", "", line).strip()
-        if not text:
-            continue
-        key, equals, value = (part.strip() for part in text.partition("="))
-        try:
-            if not equals:
-                raise argparse.ArgumentTypeError("is not of the form 'key = value'")
-            field, parsed = option_for(key, value)
-            if not field.metadata["in_file"]:
-                raise argparse.ArgumentTypeError("can only be given on the command line")
-        except argparse.ArgumentTypeError as error:
-            raise ChatError(f"{path}:{count}: {key} {error}", 2) from error
-        values[field.name] = parsed
-    return values
+# The field that each key sets, and whether the key turns a switch round.
+KEYS = {name.replace("_", "-"): (name, False) for name in OPTIONS}
+KEYS.update({f"no-{key}": (name, True) for key, (name, _) in KEYS.items() if OPTIONS[name].parse is switch})
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The command line, made from the options. What is not given is left out of the namespace."""
+    """Return the command line's parser, made from the options. Its namespace holds only the flags that were given."""
     parser = argparse.ArgumentParser(
         prog="llmchat",
         usage="llmchat MODEL [options]",
@@ -312,582 +272,162 @@ def argument_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for key, field in OPTIONS.items():
-        about = field.metadata
-        if key == "model":
-            parser.add_argument(key, nargs="?", metavar=about["metavar"], help=about["help"])
-        elif about["parse"] is switch:
-            # Both ways round, so that a flag can overrule a file; help shows the one that changes something.
-            shown = {True: field.default is not True, False: field.default is not False}
-            for value, flag in ((True, f"--{key}"), (False, f"--no-{key}")):
-                text = about["help"] if shown[value] else argparse.SUPPRESS
-                parser.add_argument(flag, dest=field.name, action="store_const", const=value, help=text)
-        else:
-            flags = [*about["flags"], f"--{key}"]
-            parser.add_argument(
-                *flags, dest=field.name, type=about["parse"], metavar=about["metavar"], help=about["help"]
-            )
+    for key, (name, negated) in KEYS.items():
+        about = OPTIONS[name]
+        flags = [*about.flags, key if name == "model" else f"--{key}"]
+        if about.parse is not switch:
+            nargs = "?" if name == "model" else None
+            parser.add_argument(*flags, type=about.parse, nargs=nargs, metavar=about.metavar, help=about.help)
+        elif not negated:
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, help=about.help)
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
     return parser
 
 
 def read_settings(argv: Sequence[str] | None) -> Settings:
-    """Defaults, then the config files of the home and the working folder, then the flags.
+    """Read the defaults, then the config files of the home and the working folder, then the flags.
 
     Raises `ChatError` for a wrong config file; argparse itself leaves with 2 for wrong flags.
     """
     flags = vars(argument_parser().parse_args(argv))
     settings = Settings()
-    files = [Path(os.path.expanduser("~")) / CONFIG_FILE, Path(CONFIG_FILE)]
-    for source, values in [*((str(path), read_config(path)) for path in files), ("flag", flags)]:
-        for name, value in values.items():
-            setattr(settings, name, value)
-            settings.sources[name] = source
+    for path in (Path(os.path.expanduser("~")) / CONFIG_FILE, Path(CONFIG_FILE)):
+        settings.read(path)
+    vars(settings).update(flags)
+    settings.sources.update(dict.fromkeys(flags, "flag"))
     return settings
 
 
 # ----------------------------------------------------------------------------------------- Hosts
 
 
-# What mlx.launch sets for the processes that it starts, and mpirun for those that it starts for mlx.launch.
-LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
-
-# A host that waits for another one keeps a core busy. So while nobody says anything, all meet only this often.
-MEETING_S = 0.05
+# The signals that end the program, with 128 and their number; Ctrl+C on a terminal only until the model is loaded.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Hosts:
-    """The processes that hold one model together, each on a host of its own, or on a plain start just this one.
+    """The processes that hold one model together, each on a host of its own; on a plain start there is just this one.
 
-    Rank 0 alone reads, prints and writes files; the others do what it hands them. Every host has to make
-    the same calls in the same order, since each returns only once all have made it. If a host is lost, they
-    raise a fatal `ChatError`; one without a sentence, on other hosts than rank 0, leaves that to rank 0.
+    All run this same program on the same lines of input, which mlx.launch hands to each. Rank 0 alone is seen and
+    writes files, and shares what might be different elsewhere.
     """
 
     def __init__(self, group: Any = None) -> None:
         # MLX's own group; None on a plain start.
-        self.group = group
+        self._group = group
         self.rank: int = group.rank() if group else 0
         self.size: int = group.size() if group else 1
-        # Whether the others wait for what rank 0 shares next, and don't do what it has handed them.
-        self._listening = True
 
-    def _collect(self, collective: Callable[..., Any], value: Any) -> Any:
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value, which JSON can hold, on every host. Raises `EngineError` if another host is gone."""
+        if self.size == 1:
+            return value
+        data = json.dumps(value).encode() if self.rank == 0 else b""
+        length = int(self._sum(len(data)).item())
+        # One host gives bytes, the others as many zeros.
+        return json.loads(bytes(self._sum(bytearray(data or length))))
+
+    def _sum(self, value: Any) -> Any:
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
 
         try:
             # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
             with mx.stream(generation_stream):
-                result = collective(mx.array(value), group=self.group)
-                mx.eval(result)
+                total: Any = mx.distributed.all_sum(mx.array(value), group=self._group)
+                mx.eval(total)
         except RuntimeError as error:
-            self._listening = False
-            raise ChatError(
-                "" if self.rank else f"Another host is gone, so the chat can't go on: {one_line(error)}.", fatal=True
-            ) from error
-        return result
-
-    def gather(self, value: int) -> list[int]:
-        """The values that all hosts give, by rank."""
-        if self.size == 1:
-            return [value]
-        import mlx.core as mx
-
-        return list(self._collect(mx.distributed.all_gather, [value]).tolist())
-
-    def share(self, value: Any = None, source: int = 0) -> Any:
-        """What the host of rank `source` gives, on every host: anything that JSON knows."""
-        if self.size == 1:
-            return value
-        import mlx.core as mx
-
-        data = json.dumps(value).encode() if self.rank == source else b""
-        while not (size := sum(self.gather(len(data)))):
-            time.sleep(MEETING_S)
-        # The sum of what one host gives, and of zeros.
-        shared = self._collect(mx.distributed.all_sum, bytearray(data or size))
-        return json.loads(bytes(shared))
-
-    def meet(self) -> None:
-        """Have nothing to share yet; rank 0 calls this while the others wait."""
-        self.gather(0)
-
-    @contextlib.contextmanager
-    def lead(self, settings: Settings, **turn: Any) -> Iterator[None]:
-        """Hand the others what they do next while rank 0 does it too, all with the same random numbers."""
-        if self.size == 1:
-            yield
-            return
-        import mlx.core as mx
-
-        state: Any = mx.random.state
-        high, low = state[0].tolist()
-        self.share({**turn, "settings": dataclasses.asdict(settings), "seed": high << 32 | low})
-        # The key that MLX makes of this is the one that is there already.
-        mx.random.seed(high << 32 | low)
-        self._listening = False
-        yield
-        self._listening = True
-
-    def dismiss(self, status: int) -> None:
-        """Have the others end with this status too, if they wait to be told something.
-
-        After an error or a signal that they can't be told of, the launcher ends them.
-        """
-        if self.size > 1 and self.rank == 0 and self._listening:
-            with contextlib.suppress(ChatError):
-                self.share({"status": status})
-
-    def in_turn(self, sentence: str) -> str:
-        """What to say of an error, when it is this host's turn: if all have met it, rank 0 alone comes to say so.
-
-        Once rank 0 has ended, the launcher ends the others.
-        """
-        if self.rank:
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(LEAVE_S)
-        return self._named(sentence)
-
-    def _named(self, sentence: str) -> str:
-        return f"On {os.uname().nodename}: {sentence}" if self.rank else sentence
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Have every host fail if one does: rank 0 with the first complaint there is, the others in silence."""
-        complaint = ""
-        try:
-            yield
-        except ChatError as error:
-            if self.size == 1:
-                raise
-            complaint = self._named(str(error))
-        if self.size > 1:
-            complaints = [self.share(complaint, rank) for rank in range(self.size)]
-            if any(complaints):
-                raise ChatError(next(filter(None, complaints)) if self.rank == 0 else "")
+            raise EngineError(f"Another host is gone, so the chat can't go on: {one_line(error)}.") from error
+        return total
 
 
 def join_hosts() -> Hosts:
-    """The hosts that mlx.launch started, seen from the environment that it sets; else this one alone.
+    """Join the hosts that mlx.launch started, as the environment tells that it did; else return this one alone.
 
     Raises `ChatError` where they can't be joined.
     """
-    if not any(name in os.environ for name in LAUNCHED):
+    # The second is set by mpirun, which mlx.launch may start them with.
+    if not {"MLX_RANK", "OMPI_COMM_WORLD_RANK"} & {*os.environ}:
         return Hosts()
     import mlx.core as mx
 
-    # MLX waits for the others without looking at signals.
-    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-    for number, handler in handlers.items():
-        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else signal.SIG_DFL)
+    # While one host waits for another it looks at no signals: they end it as they end any program.
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     try:
         return Hosts(mx.distributed.init(strict=True))
     except (RuntimeError, ValueError) as error:
         raise ChatError(
             f"The hosts that mlx.launch started can't be joined: {one_line(error)}. On one Mac, leave mlx.launch out."
         ) from error
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
-# ----------------------------------------------------------------------------------------- Model
+# ----------------------------------------------------------------------------------------- Files
 
 
-# What mlx-lm loads, and beside it what mlx-lm's own `load` would download.
+# The weights that mlx-lm loads, and the files that its own `load` would download with them.
 WEIGHTS = "model*.safetensors"
-BESIDE_WEIGHTS = (
-    *("*.json", "*.py", "*.txt", "*.jsonl", "*.jinja"),
+NEEDED = (
+    *(WEIGHTS, "*.json", "*.py", "*.txt", "*.jsonl", "*.jinja"),
     *("tokenizer.model", "*.tiktoken", "tiktoken.model"),
 )
-# Whose weights they are that MLX can't load, by the ending of their files.
-OTHER_FORMATS = {".gguf": "GGUF", ".bin": "PyTorch", ".pt": "PyTorch", ".pth": "PyTorch", ".onnx": "ONNX"}
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tokenization_*.py")
-# The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the like do talk.
-SILENT_ARCHITECTURE = re.compile(r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtraction$|For\w*Classification$")
-
-# The longest header that the safetensors format allows.
-HEADER_BYTES = 100_000_000
-
+# As far as a name can be that of a repository; the hub has rules of its own.
+REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 GIB = 1 << 30
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_DISK = "Make room for it, or set HF_HOME to a folder on another disk."
 KEPT = "Every finished file is kept; run the same command again to fetch the rest."
 
 
 def hub_cache() -> Path:
-    """The folder in which huggingface-hub keeps models: its own rule, said again so that nothing is imported."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(os.path.expanduser(folder)))
+    """Return the folder in which huggingface-hub keeps models."""
+    from huggingface_hub import constants
 
-
-def is_cached(folder: Path) -> bool:
-    """Whether a model folder is one of the hub cache, so that what is missing or broken there can be downloaded."""
-    return hub_cache() in folder.parents
-
-
-def read_json(text: bytes) -> Any:
-    """What stands in a JSON text. Raises `ValueError` for whatever is wrong with it."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def weight_map(folder: Path) -> Any:
-    """Which file holds each weight, by the index, of which nothing is certain."""
-    return read_json((folder / "model.safetensors.index.json").read_bytes())["weight_map"]
-
-
-# What may come of a `weight_map` and its use.
-NO_WEIGHT_MAP = (OSError, ValueError, TypeError, KeyError, AttributeError)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files that a model folder should hold, whether or not they are there.
-
-    An index names them; without one a shard's name says how many there are. Nothing found is an empty list.
-    """
-    with contextlib.suppress(*NO_WEIGHT_MAP):
-        return sorted({folder / name for name in weight_map(folder).values()})
-    found = []
-    # What can't be the name of a folder is one in which nothing is found.
-    with contextlib.suppress(OSError, ValueError):
-        found = sorted(folder.glob(WEIGHTS))
-    shard = re.fullmatch(r"(model.*-)\d+-of-(\d{5,6})\.safetensors", found[0].name) if found else None
-    if shard is None:
-        return found
-    return [folder / f"{shard[1]}{n:05}-of-{shard[2]}.safetensors" for n in range(1, int(shard[2]) + 1)]
-
-
-def missing_weights(folder: Path) -> list[str]:
-    """The names of weight files that should be there and are not."""
-    return [file.name for file in weight_files(folder) if not file.exists()]
-
-
-def is_complete(folder: Path, *, weights: bool = True) -> bool:
-    """Whether a folder of the hub cache holds all that loading needs, or all but weights that an index names.
-
-    A file is only there when it is whole.
-    """
-    files = weight_files(folder)
-    needed = [folder / "config.json", folder / "tokenizer_config.json", *(files if weights else ())]
-    return bool(files) and all(file.exists() for file in needed)
+    return Path(constants.HF_HUB_CACHE)
 
 
 def snapshot(name: str, revision: str | None) -> Path:
-    """The folder of a repository in the hub cache, whether or not it is there; found without the hub's library."""
+    """Return the folder that a repository has, or would have, in the hub cache; the hub's slow half isn't imported."""
     repository = hub_cache() / ("models--" + name.replace("/", "--"))
     commit = revision or "main"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError):
         commit = (repository / "refs" / commit).read_text().strip()
     return repository / "snapshots" / commit
 
 
+def missing_files(folder: Path) -> list[str]:
+    """Return the names of files that loading needs and a folder lacks; in the hub cache a file is whole if it is there.
+
+    The index names the weights. Without one there is one file, or as many as are found.
+    """
+    weights: Iterable[str] = [file.name for file in folder.glob(WEIGHTS)] or ["model.safetensors"]
+    with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
+        weights = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"].values()
+    return [
+        name for name in ("config.json", "tokenizer_config.json", *sorted({*weights})) if not (folder / name).exists()
+    ]
+
+
 def cached_models() -> list[str]:
-    """The repositories in the hub cache that can be started without a download."""
+    """Return the names of repositories in the hub cache that can be started without a download."""
     names = (entry.name[len("models--") :].replace("--", "/") for entry in sorted(hub_cache().glob("models--*")))
-    return [name for name in names if is_complete(snapshot(name, None))]
+    return [name for name in names if not missing_files(snapshot(name, None))]
 
 
 def read_ahead(files: Sequence[Path]) -> None:
     """Have weight files read into the page cache in the background, while the libraries are imported."""
-    buffer = bytearray(READ_AHEAD_BYTES)
-
-    def ask(descriptor: int, offset: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, offset, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        else:
-            # macOS has no such call: there the bytes are read, and dropped.
-            os.preadv(descriptor, [buffer], offset)
 
     def run() -> None:
+        buffer = bytearray(1 << 21)
         for file in files:
-            # Whatever is wrong with a file is said by the load that follows.
+            # The load that follows says it if something is wrong with a file.
             with contextlib.suppress(OSError), open(file, "rb", buffering=0) as stream:
-                for offset in range(0, os.fstat(stream.fileno()).st_size, READ_AHEAD_BYTES):
-                    ask(stream.fileno(), offset)
+                while stream.readinto(buffer):
+                    pass
 
     threading.Thread(target=run, daemon=True).start()
 
 
-def instruct_sibling(name: str) -> str:
-    """The name under which a base model's instruct-tuned sibling most likely stands."""
-    base = re.sub(r"[-_](base|pt)\b", "", name, flags=re.IGNORECASE)
-    quantized = re.search(r"[-_](\d+bit|bf16|fp16|mxfp4|nvfp4|mlx).*$", base, flags=re.IGNORECASE)
-    end = quantized.start() if quantized else len(base)
-    return base[:end] + ("-it" if "gemma" in base.lower() else "-Instruct") + base[end:]
-
-
-def mlx_twin(name: str) -> str:
-    """The name under which a model that is there in another format most likely stands for MLX."""
-    base = re.sub(r"[-_.]gguf$", "", name.rstrip("/").rpartition("/")[2], flags=re.IGNORECASE)
-    return f"mlx-community/{base}-4bit"
-
-
-def context_length(config: dict[str, Any]) -> int | None:
-    """How many tokens the model was made for, by its configuration; None where it doesn't say."""
-    for part in (config, config.get("text_config")):
-        for key in (
-            "max_position_embeddings",
-            "n_positions",
-            "max_sequence_length",
-            "max_seq_len",
-            "seq_length",
-            "n_ctx",
-        ):
-            if isinstance(part, dict) and isinstance(part.get(key), int) and part[key] > 0:
-                return int(part[key])
-    return None
-
-
-@dataclasses.dataclass
-class Model:
-    """A loaded model: the network, its tokenizer, what its configuration says, and who holds it."""
-
-    name: str
-    net: Any
-    tokenizer: Any
-    context_length: int | None
-    hosts: Hosts = dataclasses.field(default_factory=Hosts)
-
-    def render(self, messages: list[Message], think: bool | None = None) -> str:
-        """The chat template's text for `messages`, up to where the reply starts.
-
-        Raises `ChatError` where the template does.
-        """
-        # mlx-lm's wrapper tells every template to think; a user who said nothing gets the template's own
-        # default, so the tokenizer inside is asked, unless mlx-lm brings the template along as a function.
-        wrapped = getattr(self.tokenizer, "_chat_template", None) is not None
-        tokenizer = self.tokenizer if wrapped else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
-        choice = {} if think is None else {"enable_thinking": think}
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **choice)
-        except Exception as error:
-            raise ChatError(
-                f"The chat template of {self.name} can't render this conversation: {one_line(error).rstrip('.')}."
-                " Leave out the system prompt, or take turns back with /undo."
-            ) from error
-        return str(text)
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a rendered text, which brings its own BOS."""
-        # A flag or a file may hold what is no text: half a surrogate pair, which no tokenizer takes.
-        text = text.encode(errors="replace").decode()
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-
-def check_files(name: str, files: Collection[str]) -> None:
-    """Raise `ChatError` unless the names of a folder's or repository's files are those of a model for MLX."""
-    formats = sorted({OTHER_FORMATS[suffix] for suffix in {Path(file).suffix for file in files} & {*OTHER_FORMATS}})
-    has_weights = bool(fnmatch.filter(files, WEIGHTS))
-    if formats and not has_weights:
-        raise ChatError(
-            f"{name} holds its weights as {' and '.join(formats)} files, where MLX needs {WEIGHTS}:"
-            f" {mlx_twin(name)} may hold the same model."
-        )
-    if "config.json" not in files:
-        raise ChatError(f"{name} has no config.json: name the folder of a model, or a Hugging Face repository.")
-    if not has_weights:
-        raise ChatError(f"{name} holds no {WEIGHTS}: MLX can load no other format. Name another model.")
-
-
-def read_model_config(folder: Path, name: str) -> dict[str, Any]:
-    """The `config.json` of a folder. Raises `ChatError` where it is broken."""
-    try:
-        config = read_json((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ChatError(f"config.json of {name} can't be read: {one_line(error)}. {mend(folder)}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ChatError(
-            f"config.json of {name} names no model_type, so this is no language model that mlx-lm can load."
-            " Name another model."
-        )
-    return config
-
-
-def check_config(name: str, config: dict[str, Any], files: Collection[str], settings: Settings) -> None:
-    """Raise `ChatError` unless the model is one that mlx-lm knows, that talks, and that brings no code to run."""
-    listed = config.get("architectures")
-    architectures = [str(architecture) for architecture in listed] if isinstance(listed, list) else []
-    silent = bool(architectures) and all(map(SILENT_ARCHITECTURE.search, architectures))
-    if ("modules.json" in files or silent) and not settings.force:
-        raise ChatError(
-            f"{name} is made for embeddings or labels, not for talking: name a chat model such as {EXAMPLE_MODEL},"
-            " or try it all the same with --force."
-        )
-    own_code = config.get("model_file")
-    if own_code is None:
-        check_model_type(name, config)
-    elif not settings.trust_remote_code:
-        # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
-        raise ChatError(
-            f"{name} wants to run its own code ({shortened(str(own_code))}): if you trust it,"
-            " --trust-remote-code allows that."
-        )
-
-
-def check_model_type(name: str, config: dict[str, Any]) -> None:
-    """Raise `ChatError` for a model that this mlx-lm has no network for."""
-    import mlx_lm.utils
-
-    # The look-up of mlx-lm's own `load`, which follows its tables of other names. A version that has moved it
-    # says the same a little later, when it loads.
-    look_up = getattr(mlx_lm.utils, "_get_classes", None)
-    try:
-        if look_up:
-            look_up(config)
-    except Exception as error:
-        what = f"{name} is of type {shortened(config['model_type'])}, which mlx-lm {mlx_lm.__version__} doesn't know"
-        if "vision_config" in config or config["model_type"].startswith(("clip", "siglip", "vit")):
-            raise ChatError(
-                f"{what}; it is a model for images: name a language model such as {EXAMPLE_MODEL}."
-            ) from error
-        raise ChatError(
-            f"{what}; a newer mlx-lm may (and the newest may need a newer Python): update it, or name another model."
-        ) from error
-
-
-def memory_bytes() -> tuple[int, int]:
-    """This machine's memory, and how much of it a model can use: on a Mac what Metal recommends at most."""
-    import mlx.core as mx
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not mx.metal.is_available():
-        return memory, memory
-    device = (getattr(mx, "device_info", None) or mx.metal.device_info)()
-    return memory, int(device.get("max_recommended_working_set_size") or memory)
-
-
-def check_memory(name: str, weight_bytes: int, settings: Settings, hosts: Hosts) -> None:
-    """Raise `ChatError` for weights that this machine can't hold, or this host's share of them."""
-    memory, usable = memory_bytes()
-    weight_bytes //= hosts.size
-    if weight_bytes > usable and not settings.force:
-        raise ChatError(
-            f"{name} is too large: {weight_bytes / GIB:.1f} GiB of weights{' for each host' * (hosts.size > 1)}, where"
-            f" this machine has {memory / GIB:.1f} GiB of memory, {usable / GIB:.1f} GiB of it usable for a model."
-            " Name a smaller or more quantized one, or try it all the same with --force."
-        )
-
-
-def check_disk(name: str, missing_bytes: int) -> None:
-    """Raise `ChatError` where the hub cache has no room for what is still to be downloaded."""
-    import shutil
-
-    folder = hub_cache()
-    there = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(there).free
-    if missing_bytes > free:
-        raise ChatError(
-            f"{name} does not fit on the disk: {missing_bytes / GIB:.1f} GiB are still to be downloaded, where"
-            f" {folder} has {free / GIB:.1f} GiB free. {OTHER_DISK}"
-        )
-
-
-def damage(file: Path) -> str:
-    """What is wrong with a safetensors file, by its size and its header; nothing if it seems whole.
-
-    Older versions of MLX load a file that was cut off without a word, and talk nonsense.
-    """
-    try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            start = stream.tell() + header_bytes
-            if not 0 < header_bytes <= HEADER_BYTES or size < start:
-                return "it is cut off, or no safetensors file"
-            header = read_json(stream.read(header_bytes))
-        ends = [entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"]
-        whole = start + max((end for _, end in ends), default=0)
-        if size < whole:
-            return f"it is cut off: {size} of {whole} bytes are there"
-        return "" if all(0 <= begin <= end for begin, end in ends) else "its header is broken"
-    except OSError as error:
-        return str(error.strerror)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return "its header is broken"
-
-
-def mend(folder: Path) -> str:
-    """What to do about broken files in a model folder."""
-    if is_cached(folder):
-        return f"Remove {folder.parent.parent}, and it is downloaded again."
-    return f"Put a whole copy of the model into {folder}."
-
-
-def find_model(settings: Settings, hosts: Hosts) -> Path:
-    """The folder of the model: the one that was named, or a repository's in the hub cache, downloaded if need be.
-
-    Where several hosts hold the model its weights may still be missing: which ones each needs shows later.
-    """
-    name = str(settings.model)
-    folder = Path(os.path.expanduser(name))
-    may_be_repository = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
-    # A name that is too long for a path is none.
-    with contextlib.suppress(OSError):
-        if name and folder.is_dir():
-            return folder
-        may_be_repository = None if folder.exists() else may_be_repository
-    if not may_be_repository:
-        raise ChatError(
-            f"'{shortened(name)}' is no model folder, and can't be the name of a repository: name a folder, or a"
-            f" repository such as {EXAMPLE_MODEL}."
-        )
-    cached = snapshot(name, settings.revision)
-    alone = hosts.size == 1
-    if is_complete(cached, weights=alone):
-        return cached
-    return download(name, settings, hosts, [*BESIDE_WEIGHTS, *([WEIGHTS] if alone else [])])
-
-
-def download(name: str, settings: Settings, hosts: Hosts, patterns: Sequence[str]) -> Path:
-    """Fetch what is missing of a repository's files into the hub cache, its weights last.
-
-    Raises `ChatError` for whatever stands in the way, before the weights where it can be known, and on Ctrl+C.
-    """
-    from huggingface_hub import HfApi, constants, hf_hub_download
-
-    try:
-        info = HfApi().model_info(
-            name, revision=settings.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        check_files(name, sizes)
-        # By the revision's name, so that the cache notes which commit that is.
-        folder = Path(hf_hub_download(name, "config.json", revision=settings.revision)).parent
-        check_config(name, read_model_config(folder, name), sizes, settings)
-        check_memory(name, sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS)), settings, hosts)
-        wanted = [file for file in sizes if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)]
-        missing = sorted((file for file in wanted if not (folder / file).exists()), key=sizes.__getitem__)
-        check_disk(name, sum(map(sizes.__getitem__, missing)))
-        # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C until
-        # the files that its threads are at are done.
-        for file in missing:
-            hf_hub_download(name, file, revision=folder.name)
-    except ChatError:
-        raise
-    except KeyboardInterrupt as error:
-        raise ChatError(f"The download of {name} was stopped. {KEPT}", 130) from error
-    except Exception as error:
-        raise ChatError(hub_failure(name, settings.revision, error)) from error
-    return folder
-
-
-def reason(error: BaseException) -> str:
-    """Why a request failed, in the words of the system, which the libraries wrap in layers of their own."""
-    while not (isinstance(error, OSError) and error.strerror):
-        # Also where the libraries say "from None".
-        inner = error.__cause__ or error.__context__
-        if inner is None:
-            return one_line(error).rstrip(".")
-        error = inner
-    return error.strerror
-
-
-# What to say of huggingface-hub's errors, by class or else by HTTP status; hundreds stand for all of a kind.
+# The sentences for huggingface-hub's errors, by class or else by HTTP status; hundreds stand for all of a kind.
 HUB_FAILURES: dict[str | int, str] = {
     "GatedRepoError": "{name} is gated: ask for access at {hub}/{name}, then log in with 'hf auth login'.",
     "RepositoryNotFoundError": "There is no model {name} at {hub}, or it is private: check the name at {hub}/{name},"
@@ -904,21 +444,23 @@ HUB_FAILURES: dict[str | int, str] = {
 
 
 def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
-    """What to say to the user of an error in a download."""
+    """Return the sentence for an error in a download."""
     from huggingface_hub import constants, errors
 
-    # The client says that a file is in the cache neither, where what matters is why it was not fetched.
+    # The client says that the file is not in the cache either; the reason that it was not fetched is within.
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
-    hub, missing = constants.ENDPOINT, missing_weights(snapshot(name, revision))
-    what = f"{missing[0]} of {name}" if missing else name
-    if isinstance(error, errors.RepositoryNotFoundError) and "/" not in name:
-        return f"There is no model {name} at {hub}; did you mean mlx-community/{name}?"
+    hub, folder = constants.ENDPOINT, snapshot(name, revision)
+    what = f"{missing_files(folder)[0]} of {name}" if folder.exists() and missing_files(folder) else name
+    if isinstance(error, errors.RepositoryNotFoundError):
+        cached = did_you_mean(name, cached_models())
+        if cached or "/" not in name:
+            return f"There is no model {name} at {hub}{cached or f'; did you mean mlx-community/{name}?'}"
     status = getattr(getattr(error, "response", None), "status_code", 0)
     for key in [*(kind.__name__ for kind in type(error).__mro__), status, status // 100 * 100]:
         if key in HUB_FAILURES:
             return HUB_FAILURES[key].format(name=name, hub=hub, revision=revision, what=what, status=status)
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"The disk is too full for {what}. {OTHER_DISK} {KEPT}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename} can't be used ({reason(error)}): set HF_HOME to a folder that you can write to."
@@ -927,7 +469,7 @@ def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' chatter off the screen; what goes wrong comes as an exception, and is said once."""
+    """Keep the libraries' chatter off the screen; errors come as exceptions, and are said once."""
     import logging
 
     logging.disable(logging.ERROR)
@@ -939,191 +481,301 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def check_folder(name: str, folder: Path, weights: list[Path], settings: Settings, hosts: Hosts) -> dict[str, Any]:
-    """The `config.json` of a folder that can be loaded. Raises `ChatError` where that can't be."""
-    try:
-        names = [entry.name for entry in folder.iterdir()]
-        # In the hub cache the weights of a model for several hosts may come later; they have been seen on the hub.
-        if hosts.size == 1 or not is_cached(folder):
-            check_files(name, names)
-        config = read_model_config(folder, name)
-        check_config(name, config, names, settings)
-        check_memory(name, sum(file.stat().st_size for file in weights), settings, hosts)
-    except OSError as error:
-        raise ChatError(f"{name} can't be read: {one_line(error)}. {mend(folder)}") from error
-    check_weights(name, folder, weights)
-    return config
+# ----------------------------------------------------------------------------------------- Model
 
 
-def check_weights(name: str, folder: Path, weights: Iterable[Path]) -> None:
-    """Raise `ChatError` for a weight file that is damaged."""
-    for file in weights:
-        if wrong := damage(file):
-            raise ChatError(f"{file.name} of {name} can't be loaded: {wrong}. {mend(folder)}")
+@dataclasses.dataclass
+class Model:
+    """A loaded model: the network, its tokenizer, the most tokens that it takes, and the hosts that hold it."""
 
+    name: str
+    net: Any
+    tokenizer: Any
+    context_length: int | None
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
-def load_failure(name: str, folder: Path, error: Exception) -> str:
-    """What to say to the user of an error of mlx-lm's `load`: what is missing, where that is why."""
-    if "trust_remote_code" in str(error):
-        return f"{name} wants to run its own code: if you trust it, --trust-remote-code allows that."
-    if missing := missing_weights(folder):
-        return f"{name} could not be loaded: {missing[0]} is missing. {mend(folder)}"
-    if not any(any(folder.glob(tokenizer)) for tokenizer in TOKENIZERS):
-        return f"{name} could not be loaded: it has no tokenizer ({', '.join(TOKENIZERS[:2])}). {mend(folder)}"
-    return f"{name} could not be loaded: {one_line(error).rstrip('.')}. Its files may be damaged. {mend(folder)}"
+    @property
+    def template(self) -> str:
+        """The chat template's source, or the source of the function that mlx-lm brings in its place."""
+        function = getattr(self.tokenizer, "_chat_template", None)
+        return inspect.getsource(function) if function else str(self.tokenizer.chat_template)
 
+    def render(self, messages: Sequence[dict[str, Any]], prompted: bool = True, **variables: Any) -> str:
+        """Return the chat template's text for `messages`, if prompted up to where the reply starts.
 
-def trusting(load: Callable[..., Any], settings: Settings) -> dict[str, Any]:
-    """The arguments that tell one of mlx-lm's loaders whether to run a repository's code; older ones know but one."""
-    trust = {"trust_remote_code": settings.trust_remote_code}
-    parameters = inspect.signature(load).parameters
-    return {
-        **({"tokenizer_config": trust} if "tokenizer_config" in parameters else {}),
-        **(trust if "trust_remote_code" in parameters else {}),
-    }
-
-
-def load_engine(name: str, folder: Path, settings: Settings, hosts: Hosts) -> tuple[Any, Any]:
-    """The network, or this host's part of it, and the tokenizer. Raises `ChatError` where mlx-lm can't load them."""
-    import mlx_lm.utils
-
-    try:
-        if hosts.size == 1:
-            loaded = mlx_lm.load(str(folder), adapter_path=settings.adapter, **trusting(mlx_lm.load, settings))
-        else:
-            group = {"pipeline_group" if settings.pipeline else "tensor_group": hosts.group}
-            loaded = mlx_lm.utils.sharded_load(str(folder), **group, **trusting(mlx_lm.utils.sharded_load, settings))
-    except Exception as error:
-        if hosts.size > 1 and isinstance(error, RuntimeError):
-            # Most likely of another host's end, on which only that one can say more.
-            raise ChatError(f"{name} could not be loaded on all hosts: {one_line(error)}.") from error
-        raise ChatError(load_failure(name, folder, error)) from error
-    return loaded[0], loaded[1]
-
-
-def check_adapter(settings: Settings, hosts: Hosts) -> None:
-    """Raise `ChatError` for an adapter that can't be loaded."""
-    if settings.adapter and hosts.size > 1:
-        raise ChatError("mlx-lm can't share an adapter among hosts: leave out --adapter, or use one host.")
-    if settings.adapter and not (Path(settings.adapter) / "adapters.safetensors").exists():
-        raise ChatError(f"There is no adapter in {settings.adapter}: name a folder that holds an adapters.safetensors.")
-
-
-def split(name: str, folder: Path, settings: Settings, hosts: Hosts) -> list[str]:
-    """The weight files that this host's part of the network needs, by name or all together by their pattern.
-
-    Raises `ChatError` for a model that can't be split among so many hosts.
-    """
-    import mlx_lm.utils
-
-    if not hasattr(mlx_lm.utils, "sharded_load"):
-        raise ChatError(
-            f"mlx-lm {mlx_lm.__version__} can't share a model among hosts: a newer one can, on Python 3.10 or later."
-        )
-    try:
-        # Nothing is read yet: this is the way in which mlx-lm itself looks at what can be split.
-        trust = trusting(mlx_lm.utils.load_model, settings)
-        net, _ = mlx_lm.utils.load_model(folder, lazy=True, strict=False, **trust)
-    except Exception as error:
-        raise ChatError(load_failure(name, folder, error)) from error
-    by_heads, by_layers = hasattr(net, "shard"), hasattr(getattr(net, "model", None), "pipeline")
-    if settings.pipeline:
-        if not by_layers:
-            other = "leave out --pipeline" if by_heads else "name another model"
-            raise ChatError(f"mlx-lm can't split {name} by its layers: {other}.")
-        return split_layers(name, folder, net, hosts)
-    if not by_heads:
-        other = "--pipeline can" if by_layers else "name another model"
-        raise ChatError(f"mlx-lm can't share the heads of {name} among hosts; {other}.")
-    split_heads(name, net, hosts)
-    return [file.name for file in weight_files(folder)] or [WEIGHTS]
-
-
-def split_layers(name: str, folder: Path, net: Any, hosts: Hosts) -> list[str]:
-    """The names of the weight files with this host's layers, and with what belongs to no layer."""
-    count = len(net.model.layers)
-    if count < hosts.size:
-        raise ChatError(f"{name} can't be split by its layers among {hosts.size} hosts: it has {count}.")
-    try:
-        files = weight_map(folder).items()
-        net.model.pipeline(hosts.group)
-    except NO_WEIGHT_MAP as error:
-        raise ChatError(f"{name} can't be split by its layers among {hosts.size} hosts: {one_line(error)}.") from error
-    mine = range(net.model.start_idx, net.model.end_idx or 0)
-    layers = [(file, re.search(r"(?:^|\.)layers\.(\d+)\.", key)) for key, file in files]
-    return sorted({str(file) for file, layer in layers if layer is None or int(layer[1]) in mine})
-
-
-def split_heads(name: str, net: Any, hosts: Hosts) -> None:
-    """Raise `ChatError` unless every layer's heads can be shared out evenly; mlx-lm itself rounds their number down."""
-    counts = [(part, key, count) for part in net.modules() for key, count in vars(part).items()]
-    try:
-        net.shard(hosts.group)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ChatError(f"{name} can't be shared evenly among {hosts.size} hosts: {one_line(error)}.") from error
-    for part, key, count in counts:
-        share = vars(part)[key]
-        if share != count and isinstance(count, int) and share * hosts.size != count:
-            heads = ("key-value head" if "kv" in key or "key" in key else "head") + "s" * (count > 1)
+        Raises `ChatError` where the template does.
+        """
+        # mlx-lm's wrapper tells every template to think; a user who said nothing gets the template's own
+        # default, so the tokenizer inside is asked, unless mlx-lm brings the template along as a function.
+        wrapped = getattr(self.tokenizer, "_chat_template", None) is not None
+        tokenizer = self.tokenizer if wrapped else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted, **variables)
+        except Exception as error:
             raise ChatError(
-                f"{name} can't be shared evenly among {hosts.size} hosts: it has {count} {heads}. Take a number of"
-                " hosts that divides that."
+                f"The chat template of {self.name} can't render this conversation: {one_line(error)}."
+                " Leave out the system prompt, or take turns back with /undo."
+            ) from error
+        return str(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a rendered text, which brings its own BOS."""
+        # A flag or a file may hold what is no text: half a surrogate pair, which no tokenizer takes.
+        return list(self.tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False))
+
+
+# The formats of weights that MLX can't load, by the ending of their files.
+OTHER_FORMATS = {".gguf": "GGUF", ".bin": "PyTorch", ".pt": "PyTorch", ".pth": "PyTorch", ".onnx": "ONNX"}
+# The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the like do talk.
+SILENT_ARCHITECTURE = re.compile(r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtraction$|For\w*Classification$")
+CONTEXT_KEYS = (
+    *("max_position_embeddings", "n_positions", "max_sequence_length"),
+    *("max_seq_len", "seq_length", "n_ctx"),
+)
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Return the number of tokens that the model was made for, or None where its configuration doesn't say."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    lengths = (part.get(key) for part in parts for key in CONTEXT_KEYS)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def usable_memory() -> tuple[int, int]:
+    """Return this machine's memory, and how much a model can have of it: on a Mac what Metal recommends; in bytes."""
+    import mlx.core as mx
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not mx.metal.is_available():
+        return memory, memory
+    device = (getattr(mx, "device_info", None) or mx.metal.device_info)()
+    return memory, int(device.get("max_recommended_working_set_size") or memory)
+
+
+def damage(file: Path) -> str:
+    """Return what is wrong with a safetensors file, if anything. MLX before 0.30 loads a cut one without a word."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np"):
+            return ""
+    except (SafetensorError, OSError) as error:
+        return one_line(error)
+
+
+class Loader:
+    """Finds, checks and loads one model. Every method raises `ChatError` where the model can't be used."""
+
+    def __init__(self, settings: Settings, hosts: Hosts) -> None:
+        self._settings, self._hosts = settings, hosts
+        self._name = str(settings.model)
+        self._folder = Path(os.path.expanduser(self._name))
+
+    def load(self) -> Model:
+        """Return the model, from its folder, from the hub cache, or downloaded."""
+        if not (self._name and os.path.isdir(self._folder)):
+            self._find_in_hub()
+        elif self._settings.revision:
+            raise ChatError(f"{self._name} is a folder, which has no revisions: leave out --revision.")
+        weights = sorted(self._folder.glob(WEIGHTS))
+        read_ahead(weights)
+        config = self._check_folder(weights)
+        net, tokenizer = self._load_engine()
+        if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
+            raise ChatError(
+                f"{self._name} has no chat template, so it can't hold a conversation; name its instruct-tuned sibling,"
+                f" or try {EXAMPLE_MODEL}."
+            )
+        return Model(self._name, net, tokenizer, context_length(config), self._hosts)
+
+    def _broken(self, what: str) -> ChatError:
+        repository = self._folder.parent.parent
+        mend = f"Put a whole copy of the model into {self._folder}."
+        if repository.parent == hub_cache():
+            mend = f"Remove {repository}, and it is downloaded again."
+        return ChatError(f"{what}. {mend}")
+
+    def _find_in_hub(self) -> None:
+        if not REPOSITORY.fullmatch(self._name) or self._folder.exists():
+            raise ChatError(
+                f"'{shortened(self._name)}' is no model folder, and can't be the name of a repository: name a folder,"
+                f" or a repository such as {EXAMPLE_MODEL}."
+            )
+        self._folder = snapshot(self._name, self._settings.revision)
+        if not missing_files(self._folder):
+            return
+        try:
+            self._download()
+        except KeyboardInterrupt as error:
+            raise ChatError(f"The download of {self._name} was stopped. {KEPT}", 130) from error
+        except ChatError:
+            raise
+        except Exception as error:
+            raise ChatError(hub_failure(self._name, self._settings.revision, error)) from error
+
+    def _download(self) -> None:
+        """Fetch what is missing of the repository into the hub cache, once it is known to be of use."""
+        from huggingface_hub import HfApi, constants, hf_hub_download
+
+        name, revision, timeout = self._name, self._settings.revision, constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        self._check_names(sizes)
+        # By the revision's name, so that the cache notes which commit that is.
+        self._folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
+        self._check_config(sizes)
+        self._check_memory(sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS)))
+        wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
+        missing = sorted((file for file in wanted if not (self._folder / file).exists()), key=sizes.__getitem__)
+        self._check_disk(sum(map(sizes.__getitem__, missing)))
+        # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C until
+        # the files that its threads are at are done.
+        for file in missing:
+            hf_hub_download(name, file, revision=self._folder.name)
+
+    def _check_folder(self, weights: Sequence[Path]) -> dict[str, Any]:
+        try:
+            names = [entry.name for entry in self._folder.iterdir()]
+            self._check_names(names)
+            config = self._check_config(names)
+            self._check_memory(sum(file.stat().st_size for file in weights))
+        except OSError as error:
+            raise self._broken(f"{self._name} can't be read: {one_line(error)}") from error
+        for file in weights:
+            if wrong := damage(file):
+                raise self._broken(f"{file.name} of {self._name} can't be loaded: {wrong}")
+        adapter = self._settings.adapter
+        if adapter and not Path(adapter, "adapters.safetensors").exists():
+            raise ChatError(f"There is no adapter in {adapter}: name a folder that holds an adapters.safetensors.")
+        if self._hosts.size > 1:
+            self._check_sharing(config)
+        return config
+
+    def _check_names(self, files: Collection[str]) -> None:
+        formats = {OTHER_FORMATS[suffix] for suffix in {Path(file).suffix for file in files} & {*OTHER_FORMATS}}
+        if not fnmatch.filter(files, WEIGHTS):
+            held = f"holds its weights as {' and '.join(sorted(formats))} files" if formats else f"holds no {WEIGHTS}"
+            raise ChatError(f"{self._name} {held}, where MLX needs {WEIGHTS}: look for it at mlx-community.")
+        if "config.json" not in files:
+            raise ChatError(
+                f"{self._name} has no config.json: name the folder of a model, or a Hugging Face repository."
             )
 
+    def _check_config(self, files: Collection[str]) -> dict[str, Any]:
+        """Return the configuration of a model that mlx-lm knows, that talks, and that brings no code to run."""
+        name = self._name
+        try:
+            config = json.loads((self._folder / "config.json").read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._broken(f"config.json of {name} can't be read: {one_line(error)}") from error
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            raise ChatError(f"config.json of {name} names no model_type, so mlx-lm can't load it. Name another model.")
+        listed = config.get("architectures")
+        architectures = [str(architecture) for architecture in listed] if isinstance(listed, list) else []
+        silent = bool(architectures) and all(map(SILENT_ARCHITECTURE.search, architectures))
+        if ("modules.json" in files or silent) and not self._settings.force:
+            raise ChatError(
+                f"{name} is made for embeddings or labels, not for talking: name a chat model such as {EXAMPLE_MODEL},"
+                " or try it all the same with --force."
+            )
+        if config.get("model_file") is None:
+            self._check_model_type(config)
+        elif not self._settings.trust_remote_code:
+            # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
+            raise self._untrusted()
+        return config
 
-def fetch_part(name: str, folder: Path, config: dict[str, Any], settings: Settings, hosts: Hosts) -> None:
-    """Download what is missing of the weight files that this host needs.
+    def _untrusted(self) -> ChatError:
+        return ChatError(f"{self._name} wants to run its own code: if you trust it, --trust-remote-code allows that.")
 
-    Raises `ChatError`, on all hosts if the model can't be split or is not the same on all, where that can't be.
-    """
-    version = [config, folder.name if is_cached(folder) else ""]
-    with hosts.together():
-        if hosts.share(version) != version:
-            raise ChatError(f"{name} is another model here than on the first host, or another version of it.")
-        needed = split(name, folder, settings, hosts)
+    def _check_model_type(self, config: dict[str, Any]) -> None:
+        import mlx_lm.utils
 
-    def missing() -> list[str]:
-        names = [entry.name for entry in folder.iterdir()]
-        return [file for file in needed if not fnmatch.filter(names, file)]
+        # The look-up of mlx-lm's own `load`, which follows its tables of other names. A version that has moved it
+        # says the same a little later, when it loads.
+        look_up = getattr(mlx_lm.utils, "_get_classes", lambda config: None)
+        try:
+            look_up(config)
+        except Exception as error:
+            images = "; it is a model for images" * ("vision_config" in config)
+            raise ChatError(
+                f"{self._name} is of type {shortened(config['model_type'])}, which mlx-lm {mlx_lm.__version__} doesn't"
+                f" know{images}: update mlx-lm (the newest may need a newer Python), or name another model."
+            ) from error
 
-    if missing() and is_cached(folder):
-        download(name, dataclasses.replace(settings, revision=folder.name), hosts, needed)
-        check_weights(name, folder, sorted(folder.glob(WEIGHTS)))
-    if lacking := missing():
-        # mlx-lm would leave those weights to chance.
-        raise ChatError(f"{name} could not be loaded: {lacking[0]} is missing. {mend(folder)}")
+    def _check_memory(self, weight_bytes: int) -> None:
+        memory, usable = (size / GIB for size in usable_memory())
+        share = weight_bytes / self._hosts.size / GIB
+        if share > usable and not self._settings.force:
+            raise ChatError(
+                f"{self._name} is too large: {share:.1f} GiB of weights, where this machine has {memory:.1f} GiB of"
+                f" memory, {usable:.1f} GiB of it usable for a model. Name a smaller or more quantized one, or try it"
+                " all the same with --force."
+            )
+
+    def _check_disk(self, missing_bytes: int) -> None:
+        import shutil
+
+        free = shutil.disk_usage(self._folder).free
+        if missing_bytes > free:
+            raise ChatError(
+                f"{self._name} does not fit on the disk: {missing_bytes / GIB:.1f} GiB are still to be downloaded,"
+                f" where {hub_cache()} has {free / GIB:.1f} GiB free. {OTHER_DISK}"
+            )
+
+    def _check_sharing(self, config: dict[str, Any]) -> None:
+        if self._settings.adapter:
+            raise ChatError("mlx-lm can't share an adapter among hosts: leave out --adapter, or use one host.")
+        if self._hosts.share(config) != config:
+            raise ChatError(f"{self._name} is another model here than on the first host.")
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            # mlx-lm itself would round the number down.
+            if isinstance(config.get(key), int) and config[key] % self._hosts.size:
+                raise ChatError(
+                    f"{self._name} can't be shared evenly among {self._hosts.size} hosts: its {key} are {config[key]}."
+                )
+
+    def _load_engine(self) -> tuple[Any, Any]:
+        """Return the network, or this host's share of it, and the tokenizer."""
+        import mlx_lm.utils
+
+        alone = self._hosts.size == 1
+        load: Any = mlx_lm.load if alone else getattr(mlx_lm.utils, "sharded_load", None)
+        known = inspect.signature(load).parameters if load else {}
+        if "tokenizer_config" not in known:
+            # By itself an older `sharded_load` runs the code of any repository.
+            raise ChatError(f"mlx-lm {mlx_lm.__version__} can't share a model among hosts safely: update it.")
+        trust = {"trust_remote_code": self._settings.trust_remote_code}
+        options: dict[str, Any] = {"tokenizer_config": trust}
+        # Older versions know but one of the two ways to allow a repository's code.
+        options.update(trust if "trust_remote_code" in known else {})
+        options.update({"adapter_path": self._settings.adapter} if alone else {})
+        try:
+            loaded = load(str(self._folder), **options)
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise self._untrusted() from error
+            missing = "".join(f" {name} is missing." for name in missing_files(self._folder)[:1])
+            raise self._broken(f"{self._name} could not be loaded: {one_line(error)}.{missing}") from error
+        return loaded[0], loaded[1]
 
 
 @quiet()
 def load_model(settings: Settings, hosts: Hosts | None = None) -> Model:
-    """Find, check and load the model. Raises `ChatError` for whatever stands in the way."""
-    name, hosts = str(settings.model), hosts or Hosts()
-    with hosts.together():
-        folder = find_model(settings, hosts)
-        files = sorted(folder.glob(WEIGHTS))
-        if hosts.size == 1:
-            read_ahead(files)
-        config = check_folder(name, folder, files, settings, hosts)
-        check_adapter(settings, hosts)
-    if hosts.size > 1:
-        fetch_part(name, folder, config, settings, hosts)
-    net, tokenizer = load_engine(name, folder, settings, hosts)
-    if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
-        other = instruct_sibling(name) if is_cached(folder) else EXAMPLE_MODEL
-        raise ChatError(f"{name} has no chat template, so it can't hold a conversation; try {other}.")
-    return Model(name, net, tokenizer, context_length(config), hosts)
+    """Find, check and load the model. Raises `ChatError` where it can't be used."""
+    return Loader(settings, hosts or Hosts()).load()
 
 
 # ---------------------------------------------------------------------------------- Prompt cache
 
+# Tokens put through the model between two looks at Ctrl+C while a prompt is read (prefill).
+# mlx-lm's own default is 2048, which a small model on a slow machine takes a second for.
+PREFILL_STEP_TOKENS = 512
+
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many elements two sequences start with in common."""
+    """Return the number of elements that two sequences have in common at their start."""
     return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-
-
-class Stopped(Exception):
-    """Raised by `PromptCache` within prefill when it was asked to stop; its own state is known then."""
 
 
 class PromptCache:
@@ -1131,17 +783,17 @@ class PromptCache:
 
     Given a new prompt it goes to the longest prefix that it can reach, and only the rest is computed.
     Plain KV caches are trimmed. Recurrent layers, and sliding windows once they have wrapped, can't be:
-    of those a copy is kept at a place that the next turn is known to share (a snapshot), and going back
-    means putting the copy in place and trimming the other layers to the same length. Resetting only some
-    layers would give wrong words. Whenever the state can't be known, it is dropped.
+    of those a copy is kept at a place that the next turn is known to share (a snapshot), and to go back is
+    to put the copy in place and trim the other layers to the same length. Resetting only some layers would
+    give wrong words. Whenever the state can't be known, it is dropped.
     """
 
-    def __init__(self, net: Any, hosts: Hosts | None = None) -> None:
+    def __init__(self, net: Any, shared: bool = False) -> None:
+        """Hold the state of a network; one that is `shared` goes back to snapshots, the same on every host."""
         self._net = net
-        self._hosts = hosts or Hosts()
         self.clear()
-        # Whether every layer, on every host, can go back any number of tokens, now and later.
-        self.can_trim = all(self._hosts.gather(not any(map(self._needs_copy, self._leaves()))))
+        # Every layer can go back any number of tokens, now and later, here and on other hosts.
+        self.can_trim = not (shared or any(map(self._needs_copy, self._leaves())))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -1167,6 +819,11 @@ class PromptCache:
         copies = [copy.deepcopy(vars(leaf)) if self._needs_copy(leaf) else None for leaf in self._leaves()]
         self._snapshots = [*self._snapshots[-1:], (len(self.tokens), copies)]
 
+    def _trim(self, surplus: int) -> bool:
+        # A chunked cache that has dropped its front can't tell which of it an earlier token would need.
+        whole = not any(getattr(leaf, "start_position", 0) for leaf in self._leaves())
+        return whole and {leaf.trim(surplus) for leaf in self._leaves()} == {surplus}
+
     def _restore_snapshot(self, length: int, copies: list[Any]) -> bool:
         surplus = len(self.tokens) - length
         for leaf, saved in zip(self._leaves(), copies):
@@ -1179,28 +836,19 @@ class PromptCache:
     def rewind(self, prompt: Sequence[int]) -> int:
         """Go to the longest prefix of `prompt` that can be reached and leaves at least one token to compute.
 
-        Returns its length: the tokens that `stream` will not put through the model again.
+        Returns its length: the tokens that will not be put through the model again.
         """
-        from mlx_lm.models.cache import trim_prompt_cache
-
         shared = common_prefix(self.tokens, prompt[:-1])
-        surplus = len(self.tokens) - shared
+        surplus, reached = len(self.tokens) - shared, True
         with self._dropped_on_error():
             if surplus and self.can_trim:
-                # A chunked cache that has dropped its front can't tell which of it an earlier token would need.
-                whole = not any(getattr(leaf, "start_position", 0) for leaf in self._leaves())
-                trimmed: Any = trim_prompt_cache(self._layers, surplus) if whole else 0
-                if trimmed != surplus:
-                    self.clear()
+                reached = self._trim(surplus)
             elif surplus:
                 self._snapshots = [kept for kept in self._snapshots if kept[0] <= shared]
-                if self._snapshots and self._restore_snapshot(*self._snapshots[-1]):
-                    shared = self._snapshots[-1][0]
-                else:
-                    self.clear()
+                shared = self._snapshots[-1][0] if self._snapshots else 0
+                reached = bool(self._snapshots) and self._restore_snapshot(*self._snapshots[-1])
             self.tokens = self.tokens[:shared]
-            # Hosts that hold different layers may have come to different places.
-            if len(set(self._hosts.gather(len(self.tokens)))) > 1:
+            if not reached:
                 self.clear()
         return len(self.tokens)
 
@@ -1208,68 +856,57 @@ class PromptCache:
     def _dropped_on_error(self) -> Iterator[None]:
         try:
             yield
-        except (Stopped, GeneratorExit, ChatError):
+        except GeneratorExit:
             # Raised between two calls of the engine, where its state is known.
             raise
         except Exception as error:
             self.clear()
             out_of_memory = isinstance(error, MemoryError) or re.search("memory|alloc", str(error), re.IGNORECASE)
             help = " A shorter prompt, /clear or a smaller model takes less memory." if out_of_memory else ""
-            raise ChatError(
-                f"The engine failed, so what it was saying is not kept: {one_line(error)}.{help}",
-                # Nobody knows how far the other hosts have come.
-                fatal=self._hosts.size > 1,
+            raise EngineError(
+                f"The engine failed, so what it was saying is not kept: {one_line(error)}.{help}"
             ) from error
         except BaseException:
             self.clear()
             raise
 
-    def stream(
-        self,
-        tokenizer: Any,
-        prompt: list[int],
-        shared: int,
-        stop: Callable[[], bool],
-        progress: Callable[[int, int], None],
-        **options: Any,
-    ) -> Generator[Any, None, None]:
-        """Yield mlx-lm's responses to `prompt`, one a token, without end but the model's own.
+    def prefill(self, prompt: list[int], shared: int) -> Iterator[int]:
+        """Compute the state of all of `prompt` but its last token; yield how many are done after each chunk.
 
-        What the cache holds must be a prefix of the prompt: call `rewind` first. `shared` is how many
-        tokens of the prompt the next turn will share: where a snapshot is due if one is needed. During
-        prefill `progress(done, total)` is told of tokens and `stop` is asked; if that says yes, nothing is
-        yielded. Between two responses the iterator may be kept, or closed: the engine runs one token
-        ahead, so the state holds every token that was yielded.
+        The cache must hold a prefix of the prompt: call `rewind` first. The next turn will share the first `shared`
+        tokens: a snapshot is taken there if one is needed. May be left at any chunk.
+        """
+        import mlx.core as mx
+        from mlx_lm.generate import generation_stream, wired_limit
+
+        last = len(prompt) - 1
+        due = min(shared, last)
+        streams: list[Any] = [generation_stream]
+        with wired_limit(self._net, streams):
+            while (held := len(self.tokens)) < last:
+                end = min(due if held < due else last, held + PREFILL_STEP_TOKENS)
+                with self._dropped_on_error(), mx.stream(generation_stream):
+                    self._net(mx.array(prompt[held:end])[None], cache=self._layers)
+                    mx.eval([layer.state for layer in self._layers])
+                mx.clear_cache()
+                self.tokens = prompt[:end]
+                if end == due and not self.can_trim:
+                    self._take_snapshot()
+                yield end
+
+    def stream(self, tokenizer: Any, prompt: list[int], **options: Any) -> Generator[Any, None, None]:
+        """Yield mlx-lm's responses to `prompt` after its prefill, one a token, without end but the model's own.
+
+        Between two responses the iterator may be kept, or closed: the engine runs one token ahead, so the
+        state holds every token that was yielded.
         """
         import mlx.core as mx
         from mlx_lm import stream_generate
-        from mlx_lm.generate import generate_step
 
-        held = len(self.tokens)
-
-        def on_chunk(done: int, total: int) -> None:
-            # mlx-lm says this before and after each chunk, with the chunk's state computed.
-            self.tokens = prompt[: held + done]
-            progress(held + done, len(prompt))
-            # After the last chunk of a reply's prompt the engine is already one token further.
-            if done < total and stop():
-                raise Stopped
-
-        engine: dict[str, Any] = {
-            "prompt_cache": self._layers,
-            "prefill_step_size": PREFILL_STEP_TOKENS,
-            "prompt_progress_callback": on_chunk,
-        }
-        with contextlib.suppress(Stopped), self._dropped_on_error():
-            due = min(shared, len(prompt) - 1)
-            if not self.can_trim and held < due:
-                # With no token to generate this is mlx-lm's prefill alone.
-                for _ in generate_step(mx.array(prompt[held:due]), self._net, max_tokens=0, **engine):
-                    pass
-                self._take_snapshot()
-                held = due
-            rest = mx.array(prompt[held:])
-            responses = stream_generate(self._net, tokenizer, rest, max_tokens=-1, **engine, **options)
+        with self._dropped_on_error():
+            rest = mx.array(prompt[len(self.tokens) :])
+            responses = stream_generate(self._net, tokenizer, rest, max_tokens=-1, prompt_cache=self._layers, **options)
+            self.tokens = [*prompt]
             with contextlib.closing(responses):
                 for response in responses:
                     self.tokens.append(response.token)
@@ -1286,19 +923,19 @@ class Piece(NamedTuple):
     text: str
 
 
-# What a reply is made of where no marker has been met yet, and what stands between two channels.
+# The kinds of a reply's text before its first marker or word, and between two channels.
 START, HIDDEN = "start", "hidden"
 
 
 class ThoughtFormat(NamedTuple):
-    """How a model marks its thoughts: in each kind of text, which marker starts which other kind."""
+    """The markers of a model's thoughts: those that count in each kind of text, and the kind that each begins."""
 
     markers: dict[str, dict[str, str]]
     start: str
     end: str
 
     def opened_by(self, prompt: str) -> str:
-        """The thought marker with which the template has already started the reply, or nothing."""
+        """Return the thought marker with which the template has already started the reply, or nothing."""
         tail = prompt[prompt.rfind(self.start) :] if self.start and self.start in prompt else ""
         return tail if tail.strip() == self.start else ""
 
@@ -1323,7 +960,7 @@ OTHER_THINK_MARKERS = (
 
 
 def thought_format(tokenizer: Any) -> ThoughtFormat:
-    """The markers that a tokenizer knows; looked up one by one, since a whole vocabulary takes its time."""
+    """Return the markers that a tokenizer knows; they are looked up one by one, as a whole vocabulary takes long."""
 
     def known(token: str) -> bool:
         return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
@@ -1354,7 +991,7 @@ class ThoughtSplitter:
             if not marker:
                 break
             yield from self._take(place)
-            # What stood before the marker may have begun the answer, where it is no marker any more.
+            # Words before the marker may have begun the answer, in which it is no marker any more.
             if marker in self._format.markers.get(self._kind, {}):
                 self._held = self._held[len(marker) :]
                 self._kind = markers[marker]
@@ -1379,7 +1016,7 @@ class ThoughtSplitter:
 
 
 def split_thought(text: str, format: ThoughtFormat) -> tuple[str, str]:
-    """The thought and the answer in a whole reply."""
+    """Return the thought and the answer in a whole reply."""
     splitter = ThoughtSplitter(format)
     pieces = [*splitter.feed(text), *splitter.finish()]
     thought, answer = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("thought", "answer"))
@@ -1387,7 +1024,7 @@ def split_thought(text: str, format: ThoughtFormat) -> tuple[str, str]:
 
 
 def as_template_expects(message: Message, format: ThoughtFormat, template: str) -> Message:
-    """A message in the form in which its model's own template can leave old thoughts out.
+    """Return a message in the form in which its model's own template can leave old thoughts out.
 
     Replies are kept as the model said them. gpt-oss's template refuses channel marks and takes the parts
     apart. Other templates know what to do with a thought if they name its end; those that don't are given
@@ -1411,9 +1048,13 @@ def as_template_expects(message: Message, format: ThoughtFormat, template: str) 
 # ---------------------------------------------------------------------------------- Conversation
 
 
+# Below this a temperature is as good as 0, and 1 / temperature overflows a float32 further down.
+LEAST_TEMPERATURE = 1e-3
+
+
 @dataclasses.dataclass
 class Statistics:
-    """Of one reply. Times are counted from the prompt on."""
+    """Figures of one reply. Times are counted from the prompt on."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -1424,7 +1065,7 @@ class Statistics:
     finish_reason: str | None = None
 
     def line(self) -> str:
-        """The statistics as one line."""
+        """Return the statistics as one line."""
         # The first token belongs to the prefill, not to the decode time.
         decode_s = self.seconds - self.time_to_first_token_s
         generation_tps = (self.generation_tokens - 1) / decode_s if self.generation_tokens > 1 and decode_s else 0.0
@@ -1452,72 +1093,19 @@ class Reply:
     said: str = ""
 
 
-def never() -> bool:
-    """Don't stop."""
-    return False
-
-
-def unwatched(done: int, total: int) -> None:
-    """Nobody watches the prefill."""
-
-
-def repetition_penalty(penalty: float, prompt: list[int]) -> Callable[[Any, Any], Any]:
-    """mlx-lm's penalty, shown the end of the whole prompt.
-
-    mlx-lm shows a logits processor only the tokens of its own call (all, or in older versions the last):
-    what the cache already holds would go unpunished.
-    """
-    import mlx.core as mx
-    from mlx_lm.sample_utils import make_logits_processors
-
-    (penalize,) = make_logits_processors(repetition_penalty=penalty, repetition_context_size=REPETITION_CONTEXT_TOKENS)
-    context = mx.array(prompt[-REPETITION_CONTEXT_TOKENS:])
-    shown = None
-
-    def process(tokens: Any, logits: Any) -> Any:
-        nonlocal shown
-        shown = len(tokens) if shown is None else shown
-        return penalize(mx.concatenate([context, tokens[shown:]]), logits)
-
-    return process
-
-
-def sampling(model: Model, settings: Settings, prompt: list[int]) -> dict[str, Any]:
-    """How the next tokens are chosen, as mlx-lm's `stream_generate` takes it."""
-    from mlx_lm.sample_utils import make_sampler
-
-    # mlx-lm refuses a top_k that leaves nothing out.
-    vocabulary = model.tokenizer.vocab_size
-
-    def sampler(logprobs: Any) -> Any:
-        # Made anew for each token, so that a changed setting reaches a reply that is continued.
-        return make_sampler(
-            temp=settings.temperature if settings.temperature >= LEAST_TEMPERATURE else 0.0,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-            top_k=settings.top_k if settings.top_k < vocabulary else 0,
-        )(logprobs)
-
-    penalty = settings.repetition_penalty
-    return {
-        "sampler": sampler,
-        "logits_processors": None if penalty == 1 else [repetition_penalty(penalty, prompt)],
-    }
-
-
 class Conversation:
     """The messages, and the model's replies to them.
 
     Invariant: between two calls `messages` alternates user and assistant, and ends with an assistant's. A
-    reply is a generator of pieces that works while it is consumed. If it fails, or is stopped before it has
-    said anything, messages are what they were; stopped later, they keep what was said.
+    reply is a generator of pieces that works while it is consumed: to stop it, close it. If it fails, or is
+    stopped before it has said anything, messages are what they were; stopped later, they keep what was said.
     """
 
     def __init__(self, model: Model, settings: Settings, messages: Sequence[Message] = ()) -> None:
         self._model = model
         self._settings = settings
         self._format = thought_format(model.tokenizer)
-        self._cache = PromptCache(model.net, model.hosts)
+        self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
         self._live: Reply | None = None
         # Messages before this one are not sent: they no longer fit.
         self._first = 0
@@ -1525,42 +1113,42 @@ class Conversation:
         self.statistics: Statistics | None = None
         self.seed(settings.seed)
 
+    @property
+    def hosts(self) -> Hosts:
+        """The hosts that hold the model."""
+        return self._model.hosts
+
     def seed(self, seed: int | None) -> None:
-        """Make what is sampled from here on repeatable; None leaves chance to chance."""
+        """Make what is sampled from here on repeatable; None leaves chance to chance, the same on all hosts."""
         import mlx.core as mx
 
-        if seed is not None:
-            mx.random.seed(seed)
+        seed = self._model.hosts.share(time.time_ns() if seed is None else seed)
+        mx.random.seed(seed)
 
-    def reply(
-        self, prompt: str, stop: Callable[[], bool] = never, progress: Callable[[int, int], None] = unwatched
-    ) -> Iterator[Piece]:
-        """Yield the reply to `prompt`. `stop` is asked after each token and each chunk of the prefill.
+    def reply(self, prompt: str) -> Generator[Piece, None, None]:
+        """Yield the reply to `prompt`.
 
         Raises `ChatError` if the template refuses the prompt, the context has no room for it, or the
         engine fails.
         """
-        return self._turn(self.messages, prompt, stop, progress)
+        return self._turn(self.messages, prompt)
 
-    def retry(
-        self, stop: Callable[[], bool] = never, progress: Callable[[int, int], None] = unwatched
-    ) -> Iterator[Piece]:
+    def retry(self) -> Generator[Piece, None, None]:
         """Yield another reply to the last prompt, in place of the last one. Raises like `reply`."""
         if not self.messages:
             raise ChatError("There is no reply to say again.")
         *before, prompt, _ = self.messages
-        return self._turn(before, prompt["content"], stop, progress)
+        return self._turn(before, prompt["content"])
 
-    def resume(self, stop: Callable[[], bool] = never) -> Iterator[Piece]:
+    def resume(self) -> Generator[Piece, None, None]:
         """Go on with a reply that was cut or stopped, from the live state: nothing is computed again."""
         live, held, limit = self._live, len(self._cache.tokens), self._model.context_length
         if live is None:
             raise ChatError("There is nothing to continue: the last reply is complete.")
         if limit and held >= limit:
             raise ChatError(f"The reply can't go on: the model's {limit} tokens are full. /clear starts over.")
-        started, budget = time.perf_counter(), self._budget(held)
-        with self._model.hosts.lead(self._settings, budget=budget):
-            yield from self._speak(live, Statistics(held, held, limit), started, stop)
+        self.statistics = Statistics(held, held, limit)
+        return self._speak(live, time.perf_counter())
 
     def undo(self) -> str:
         """Take the last turn back; return its prompt."""
@@ -1568,23 +1156,14 @@ class Conversation:
             raise ChatError("There is no turn to take back.")
         self._drop_live()
         *self.messages, prompt, _ = self.messages
-        # What is left may fit again.
+        # Turns left out may fit again.
         self._first = 0
         return prompt["content"]
 
     def clear(self) -> None:
-        """Start over. What the engine holds stays: a new conversation may start with the same tokens."""
+        """Start over. The engine's state stays: a new conversation may start with the same tokens."""
         self._drop_live()
-        self.messages = []
-        self._first = 0
-
-    def close(self) -> None:
-        """Free the model."""
-        import mlx.core as mx
-
-        self._drop_live()
-        del self._cache, self._model
-        mx.clear_cache()
+        self.messages, self._first = [], 0
 
     def _drop_live(self) -> None:
         if self._live is not None:
@@ -1594,17 +1173,16 @@ class Conversation:
     def _render(self, messages: list[Message]) -> tuple[str, list[int]]:
         template = str(self._model.tokenizer.chat_template)
         expected = [as_template_expects(message, self._format, template) for message in messages]
-        text = self._model.render(self._settings.with_system(expected), self._settings.think)
+        think = {} if self._settings.think is None else {"enable_thinking": self._settings.think}
+        text = self._model.render(self._settings.with_system(expected), **think)
         return text, self._model.encode(text)
 
     def _fit(self, messages: list[Message], first: int) -> tuple[int, str, list[int]]:
-        """The first message that is sent, and the prompt's text and tokens. Raises `ChatError` if nothing fits."""
+        """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits."""
         text, tokens = self._render(messages[first:])
         limit = self._model.context_length
-        if limit is None:
-            return first, text, tokens
-        room = min(self._settings.max_tokens, limit // 4)
-        if len(tokens) + room <= limit:
+        room = min(self._settings.max_tokens, limit // 4) if limit else 0
+        if limit is None or len(tokens) + room <= limit:
             return first, text, tokens
         # Leaving out turns moves all the others, so they are computed again: do it seldom, a quarter at a time.
         while len(tokens) + room > limit * 3 // 4 and first < len(messages) - 1:
@@ -1618,52 +1196,66 @@ class Conversation:
         return first, text, tokens
 
     def _shared_with_next_turn(self, messages: list[Message], tokens: list[int]) -> int:
-        """How many tokens of this prompt the next one will start with, whatever is said until then.
+        """Return the number of this prompt's tokens with which the next one starts, whatever is said until then.
 
         That leaves out, for example, a thought that the template opened and will not repeat.
         """
         made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
         return common_prefix(tokens, self._render([*messages, *made_up])[1])
 
-    def _budget(self, prompt_tokens: int) -> int:
-        limit = self._model.context_length
-        return min(self._settings.max_tokens, limit - prompt_tokens) if limit else self._settings.max_tokens
+    def _sampling(self) -> dict[str, Any]:
+        """Return the choice of the next tokens as mlx-lm's `stream_generate` takes it."""
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-    def _turn(
-        self,
-        before: list[Message],
-        prompt: str,
-        stop: Callable[[], bool],
-        progress: Callable[[int, int], None],
-    ) -> Iterator[Piece]:
-        started = time.perf_counter()
+        settings, vocabulary = self._settings, self._model.tokenizer.vocab_size
+
+        def sampler(logprobs: Any) -> Any:
+            # Made anew for each token, so that a changed setting reaches a reply that is continued.
+            return make_sampler(
+                temp=settings.temperature if settings.temperature >= LEAST_TEMPERATURE else 0.0,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                # mlx-lm refuses a top_k that leaves nothing out.
+                top_k=settings.top_k if settings.top_k < vocabulary else 0,
+            )(logprobs)
+
+        penalty = settings.repetition_penalty
+        return {
+            "sampler": sampler,
+            "logits_processors": None if penalty == 1 else make_logits_processors(repetition_penalty=penalty),
+        }
+
+    def _turn(self, before: list[Message], prompt: str) -> Generator[Piece, None, None]:
+        started, limit = time.perf_counter(), self._model.context_length
         messages = [*before, {"role": "user", "content": prompt}]
         first = min(self._first, len(before)) if self._settings.history else len(before)
         fitting, text, tokens = self._fit(messages, first)
         if fitting > first:
-            left_out = fitting // 2
-            turns = "The first turn no longer fits" if left_out == 1 else f"The first {left_out} turns no longer fit"
-            yield Piece("notice", f"{turns} the model's {self._model.context_length} tokens: left out from here on.")
+            turns = fitting // 2
+            who = f"The first {turns} turns no longer fit" if turns > 1 else "The first turn no longer fits"
+            yield Piece("notice", f"{who} the model's {limit} tokens: left out from here on.")
         self._drop_live()
+        # A clock or a date in the template may be different elsewhere.
+        tokens = self._model.hosts.share(tokens)
+        self.statistics = Statistics(len(tokens), self._cache.rewind(tokens), limit)
         shared = 0 if self._cache.can_trim else self._shared_with_next_turn(messages[fitting:], tokens)
+        for done in self._cache.prefill(tokens, shared):
+            yield Piece("reading", f"{done} of {len(tokens)} tokens")
         opened = self._format.opened_by(text)
+        responses = self._cache.stream(self._model.tokenizer, tokens, **self._sampling())
         splitter = ThoughtSplitter(self._format, bool(opened))
-        # What --no-history leaves out is left out of this turn only.
+        # Turns that --no-history leaves out are left out of this turn only.
         later = fitting if self._settings.history else min(self._first, len(before))
-        turn = {"tokens": tokens, "shared": shared, "budget": self._budget(len(tokens))}
-        with self._model.hosts.lead(self._settings, **turn):
-            statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
-            choice = sampling(self._model, self._settings, tokens)
-            responses = self._cache.stream(self._model.tokenizer, tokens, shared, stop, progress, **choice)
-            live = Reply(messages, later, responses, splitter, opened)
-            yield from self._speak(live, statistics, started, stop)
+        yield from self._speak(Reply(messages, later, responses, splitter, opened), started)
 
-    def _speak(self, live: Reply, statistics: Statistics, started: float, stop: Callable[[], bool]) -> Iterator[Piece]:
+    def _speak(self, live: Reply, started: float) -> Generator[Piece, None, None]:
         """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
-        self.statistics = statistics
-        budget = self._budget(statistics.prompt_tokens)
-        self._live = None
-        failed = True
+        statistics, limit = self.statistics, self._model.context_length
+        assert statistics
+        budget = min(
+            self._settings.max_tokens, limit - statistics.prompt_tokens if limit else self._settings.max_tokens
+        )
+        self._live, keep = None, False
         try:
             for response in itertools.islice(live.responses, budget):
                 live.said += response.text
@@ -1672,198 +1264,157 @@ class Conversation:
                 statistics.time_to_first_token_s = statistics.time_to_first_token_s or statistics.seconds
                 statistics.finish_reason = response.finish_reason
                 yield from live.splitter.feed(response.text)
-                if statistics.finish_reason is None and stop():
-                    statistics.finish_reason = "interrupted"
-                    break
             if statistics.finish_reason == "stop":
                 yield from live.splitter.finish()
-            elif statistics.finish_reason is None and statistics.generation_tokens == budget:
+            else:
                 statistics.finish_reason = "length"
-            failed = False
+            keep = True
         except GeneratorExit:
             # Whoever consumes the reply has heard enough.
-            failed = False
+            statistics.finish_reason = statistics.finish_reason or "interrupted"
+            keep = statistics.generation_tokens > 0
             raise
         finally:
-            complete = statistics.finish_reason == "stop"
-            # A first token may be half a character: nothing is said yet, but the reply can go on.
-            keep = not failed and (bool(live.said) or statistics.generation_tokens > 0)
             if keep:
-                self.messages = [*live.messages, {"role": "assistant", "content": live.opened + live.said}]
                 self._first = live.first
-            if keep and not complete:
+                self.messages = [*live.messages, {"role": "assistant", "content": live.opened + live.said}]
+            if keep and statistics.finish_reason != "stop":
                 self._live = live
             else:
                 live.responses.close()
 
 
-def follow(hosts: Hosts) -> int:
-    """Do on another host what rank 0 does, until it leaves; return the exit status that it leaves with.
+# --------------------------------------------------------------------------------------- Keeping
 
-    Of the conversation this host knows the tokens alone. Raises `ChatError` like `load_model` and `PromptCache`.
+
+def replace_file(path: Path, data: bytes, *, locked: bool = False) -> io.FileIO:
+    """Write a file so that it is either the old one or all of the new; its mode is kept, or 0600. Raises `OSError`.
+
+    Returns it open, and if wanted locked already when it gets its name.
     """
-    import mlx.core as mx
-
-    turn = hosts.share()
-    if "status" in turn:
-        return int(turn["status"])
-    settings = Settings(**turn["settings"])
-    model = load_model(settings, hosts)
-    cache = PromptCache(model.net, hosts)
-    responses: Iterator[Any] = iter(())
-    while "status" not in (turn := hosts.share()):
-        vars(settings).update(turn["settings"])
-        mx.random.seed(turn["seed"])
-        if "tokens" in turn:
-            tokens = turn["tokens"]
-            cache.rewind(tokens)
-            choice = sampling(model, settings, tokens)
-            responses = cache.stream(model.tokenizer, tokens, turn["shared"], never, unwatched, **choice)
-        for _ in itertools.islice(responses, turn["budget"]):
-            pass
-    return int(turn["status"])
-
-
-# --------------------------------------------------------------------------------------- Session
-
-
-def as_line(message: Message) -> bytes:
-    """A message as a line of JSON Lines."""
-    return json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n"
-
-
-def parse_message(line: bytes, before: Sequence[Message]) -> Message:
-    """The message in a line of a session, with whatever further keys it has. Raises `ValueError`."""
-    message = read_json(line)
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise ValueError("this is no message with a content")
-    allowed = ["assistant"] if before and before[-1]["role"] == "user" else ["user"] if before else ["system", "user"]
-    if message.get("role") not in allowed:
-        raise ValueError(f"the role must be {' or '.join(allowed)}")
-    return message
-
-
-def write_whole(path: Path, messages: Iterable[Message]) -> None:
-    """Write a conversation so that the file is either the old one or all of the new. Raises `OSError`."""
     import tempfile
 
     # What the name leads to is replaced, so that a link stays one.
     path = path.resolve()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(map(as_line, messages))
-            file.flush()
-            os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            os.fchmod(descriptor, path.stat().st_mode & 0o777)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        os.fsync(descriptor)
+        if locked:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         Path(name).replace(path)
     except BaseException:
+        os.close(descriptor)
         Path(name).unlink()
         raise
+    return io.FileIO(descriptor, "r+b")
 
 
-def open_locked(path: Path) -> io.FileIO:
-    """Open or create a file that nobody else has open this way. Raises `OSError`, or `BlockingIOError` if one has."""
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600), "r+b", buffering=0)
-    try:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
+def as_lines(messages: Iterable[Message]) -> bytes:
+    """Write messages as JSON Lines."""
+    return b"".join(json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n" for message in messages)
 
 
-# How every line begins that `as_line` writes, and so every line that can be torn.
-LINE_START = b'{"role": "'
+def read_messages(lines: Iterable[bytes]) -> list[Message]:
+    """Read the messages in the lines of a session, with whatever further keys they have. Raises `ValueError`."""
+    messages: list[Message] = []
+    for count, line in enumerate(lines, 1):
+        allowed = ["assistant"] if messages and messages[-1]["role"] == "user" else ["user"]
+        try:
+            message = json.loads(line)
+            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+                raise ValueError("this is no message with a content")
+            if message.get("role") not in (allowed if messages else ["system", "user"]):
+                raise ValueError(f"the role must be {' or '.join(allowed)}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {count}: {one_line(error)}") from error
+        messages.append(message)
+    return messages
 
 
 class SessionFile:
     """A conversation on disk, one message a line, mode 0600; only one chat at a time has it.
 
-    Invariant: between calls the file holds exactly `messages`. What was taken back is cut off its end, and
-    what is new is appended and synced, so that a crash can tear nothing but the last line.
+    Invariant: the file holds exactly `messages`. It is written whole, so no crash leaves half of it.
     """
 
     def __init__(self, path: Path) -> None:
         """Open or create the file, and read it. Raises `ChatError`, with the file untouched, if it is no session."""
         self._path = path
-        self.messages: list[Message] = []
-        # Where each message's line ends, in bytes.
-        self._ends: list[int] = []
-        # What the user should know of the file.
-        self.warning = ""
         try:
-            self._file = open_locked(path)
-            with contextlib.ExitStack() as on_error:
-                on_error.callback(self.close)
-                self._read()
-                os.fchmod(self._file.fileno(), 0o600)
-                on_error.pop_all()
+            self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.messages = read_messages(self._file)
         except BlockingIOError as error:
+            self.close()
             raise ChatError(f"{path} is in use by another chat: leave that one, or name another file.") from error
         except OSError as error:
             raise ChatError(f"{path} can't be used as a session: {error.strerror}. Name another file.") from error
+        except ValueError as error:
+            self.close()
+            raise ChatError(f"{path} is no session of llmchat: {error}. Name another file.") from error
 
     def close(self) -> None:
         """Let others have the file."""
         self._file.close()
 
-    def _read(self) -> None:
-        lines = self._file.read().splitlines(keepends=True)
-        for count, line in enumerate(lines, 1):
-            try:
-                self.messages.append(parse_message(line, self.messages))
-            except ValueError as error:
-                whole = line.endswith(b"\n") or type(error) is ValueError
-                if whole or line[: len(LINE_START)] != LINE_START[: len(line)]:
-                    complaint = f"{self._path} is no session of llmchat: line {count}: {one_line(error)}."
-                    raise ChatError(f"{complaint} Name another file.") from error
-                self._set_aside(lines.pop())
-        self._ends = list(itertools.accumulate(map(len, lines)))
-        if lines and not lines[-1].endswith(b"\n"):
-            self._file.write(b"\n")
-            self._ends[-1] += 1
-
-    def _set_aside(self, line: bytes) -> None:
-        aside = Path(f"{self._path}.torn")
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
-            file.write(line + b"\n")
-        self._file.seek(-len(line), os.SEEK_END)
-        self._file.truncate()
-        self.warning = f"The last line of {self._path} was torn; it is set aside in {aside}."
-
     def save(self, messages: Sequence[Message]) -> None:
         """Make the file hold these messages, on disk when this returns. Raises `ChatError`."""
-        same = common_prefix(messages, self.messages)
-        if same == len(messages) == len(self.messages):
+        if messages == self.messages:
             return
         try:
-            if self.messages and messages and not same:
-                # A new system prompt changes the first line: appending all the others again is no place to crash.
-                write_whole(self._path, messages)
-                replaced, self._file = self._file, open_locked(self._path)
-                replaced.close()
-                self._ends = list(itertools.accumulate(len(as_line(message)) for message in messages))
-            else:
-                self._replace_end(same, messages[same:])
+            replaced, self._file = self._file, replace_file(self._path, as_lines(messages), locked=True)
         except OSError as error:
             raise ChatError(f"{self._path} could not be written: {error.strerror}. /save FILE may.") from error
+        replaced.close()
         self.messages = list(messages)
 
-    def _replace_end(self, same: int, messages: Sequence[Message]) -> None:
-        self.messages, self._ends = self.messages[:same], self._ends[:same]
-        end = self._ends[-1] if self._ends else 0
-        lines = [as_line(message) for message in messages]
-        self._file.truncate(end)
-        self._file.seek(end)
-        if self._file.write(b"".join(lines)) != sum(map(len, lines)):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(self._file.fileno())
-        self._ends += list(itertools.accumulate(map(len, lines), initial=end))[1:]
+
+class PromptHistory:
+    """The prompts of this day and earlier ones: in a file, one a line, newlines and backslashes escaped.
+
+    The file is added to at every prompt, and cut back to its bounds when it is read and twice as large.
+    """
+
+    ENTRIES, BYTES = 1000, 1 << 20
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = ""
+
+    def load(self) -> list[str]:
+        """The last prompts, oldest first. Raises `OSError`."""
+        if not self._path.exists():
+            return []
+        with open(self._path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - self.BYTES))
+            # What stands before the first newline may be half a line.
+            lines = file.read().splitlines(keepends=True)[size > self.BYTES :]
+        kept = lines[-self.ENTRIES :]
+        if size > 2 * self.BYTES or len(lines) > 2 * self.ENTRIES:
+            replace_file(self._path, b"".join(kept)).close()
+        texts = (line.decode(errors="replace").rstrip("\n") for line in kept)
+        prompts = [re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text) for text in texts]
+        self._last = prompts[-1] if prompts else ""
+        return prompts
+
+    def add(self, prompt: str) -> bool:
+        """Write a prompt down, unless it was the last one too. Raises `OSError`."""
+        line = prompt.replace("\\", "\\\\").replace("\n", "\\n").encode(errors="replace") + b"\n"
+        # A prompt as large as all of the history would leave nothing else of it.
+        if prompt == self._last or len(line) > self.BYTES:
+            return False
+        self._last = prompt
+        with open(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb") as file:
+            file.write(line)
+        return True
 
 
-# -------------------------------------------------------------------------------------- Terminal
+# ---------------------------------------------------------------------------------------- Screen
 
 
 # What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the bidirectional
@@ -1884,185 +1435,78 @@ GREEN, DIM, PLAIN, ERASE_BELOW = "\x1b[32m", "\x1b[2m", "\x1b[0m", "\x1b[J"
 # Before a wait is worth a line that tells of it.
 PATIENCE_S = 1.0
 
-# Pasted lines follow each other faster than this, and typed ones don't.
-BURST_S = 0.03
 
-# After this mlx.launch has passed on what it was given.
-LAUNCHER_S = 0.15
+class Screen:
+    """Shows pieces: the session goes to standard output, all else to standard error.
 
-# The first GNU readline that ends the line itself at Ctrl+D when it has pastes marked: 8.1.
-MARKED_PASTES_VERSION = 0x0801
-
-
-class PromptHistory:
-    """The prompts of this day and earlier ones: in a file, one a line, newlines and backslashes escaped.
-
-    The file is added to at every prompt, and cut back to its bounds when it is read and twice as large.
+    Thoughts are shown where somebody watches. Elsewhere they are left out.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._last = ""
-
-    def load(self) -> list[str]:
-        """The last prompts, oldest first. Raises `OSError`."""
-        try:
-            # Not to wait for a writer, should this be a named pipe.
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return []
-        with open(descriptor, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - HISTORY_BYTES))
-            lines = file.read(HISTORY_BYTES).split(b"\n")
-        # What stands before the first newline may be half a line, and what stands after the last is nothing.
-        lines = [line for line in lines[size > HISTORY_BYTES :] if line]
-        kept = lines[-HISTORY_ENTRIES:]
-        if size > 2 * HISTORY_BYTES or len(lines) > 2 * HISTORY_ENTRIES:
-            self._rewrite(kept)
-        prompts = [
-            re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], line.decode(errors="replace"))
-            for line in (line.replace(b"\0", b"") for line in kept)  # which a power cut leaves
-        ]
-        self._last = prompts[-1] if prompts else ""
-        return prompts
-
-    def add(self, prompt: str) -> bool:
-        """Write a prompt down, unless it was the last one too. Raises `OSError`."""
-        if prompt == self._last:
-            return False
-        self._last = prompt
-        line = prompt.replace("\\", "\\\\").replace("\n", "\\n").encode(errors="replace") + b"\n"
-        if len(line) > HISTORY_BYTES:
-            return True
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(line)
-        return True
-
-    def _rewrite(self, lines: list[bytes]) -> None:
-        # What the name leads to is replaced, so that a link to a file elsewhere stays one.
-        path = self._path.resolve()
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.writelines(line + b"\n" for line in lines)
-            new.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                new.unlink()
-
-
-class Terminal:
-    """Reads prompts and shows pieces: the session goes to standard output, all else to standard error.
-
-    On a terminal the line editor is on and thoughts are shown. Elsewhere a line that was read is written
-    after its prompt, and thoughts are left out, so that a transcript reads the same either way. A launcher
-    that stands between a terminal and this program leaves it something of both.
-    """
-
-    def __init__(
-        self,
-        stdin: TextIO,
-        stdout: TextIO,
-        stderr: TextIO,
-        history: Path | None = None,
-        marked_pastes: bool | None = None,
-    ) -> None:
-        self._stdin, self._stdout, self._stderr = stdin, stdout, stderr
-        for stream in (stdin, stdout, stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                # Bytes that are no text, or text that the terminal has no bytes for, are no reason to stop.
-                stream.reconfigure(errors="replace")
-        self.interactive = stdin.isatty() and stdout.isatty()
-        # Whether somebody watches, and is to see thoughts too.
-        self.watched = self.interactive
-        # What is done while a launcher has no line to hand on, what it has handed on of later lines, and whether
-        # standard error was the last that was written to.
-        self._idle: Callable[[], None] | None = None
-        self._ahead = b""
-        self._noted = False
-        self._dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._styled = not (self._dumb or os.environ.get("NO_COLOR"))
+    def __init__(self, stdout: TextIO, stderr: TextIO, watched: bool) -> None:
+        self._stdout, self._stderr = stdout, stderr
+        # Somebody watches, and is to see thoughts too.
+        self.watched = watched
+        self.dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self.styled = not (self.dumb or os.environ.get("NO_COLOR"))
         self.hide_thoughts = False
-        self._readline: Any = None
-        self._libedit = False
-        # Whether the line editor tells a paste from typing; None asks the editor that is there.
-        self._marked_pastes = marked_pastes
-        # The modes in which the terminal was found: what `tcgetattr` says.
-        self._found: list[Any] | None = None
-        self._history = PromptHistory(history) if history else None
-        self._history_failed = False
-        # Of the prompt being read: its lines so far, and what an earlier one left in the editor's buffer.
-        self._lines: list[str] = []
-        self._stale = ""
-        # Of the reply being shown: the kind of its last piece, newlines that may turn out to end it, and
-        # when a thought began that is hidden.
+        # The kind of the last piece of a reply, and newlines that may turn out to end it.
         self._kind = ""
         self._newlines = ""
-        self._thought_s = 0.0
-        # When a wait began, and the line that is on the screen for as long as something lasts.
-        self._waiting_s = 0.0
+        # When the wait or the hidden thought that goes on now began.
+        self._since_s = 0.0
+        # A line that is on the screen only as long as something lasts.
         self._status = ""
-
-    # Writing
 
     def write(self, text: str) -> None:
         """Put text into the session."""
-        if self._noted and self._idle:
-            # The launcher looks for output ten times a second: this would stand before what was noted before it.
-            time.sleep(LAUNCHER_S)
-        self._noted = False
         self._stdout.write(text)
         self._stdout.flush()
 
     def note(self, text: str) -> None:
         """Tell the user something that is not part of the session, dim on a terminal."""
         self._write_dim(cleaned(text), "\n")
-        self._noted = True
 
     def error(self, text: str) -> None:
         """Say what went wrong."""
         self._stderr.write(f"llmchat: error: {cleaned(text)}\n")
         self._stderr.flush()
-        self._noted = True
-
-    def progress(self, done: int, total: int) -> None:
-        """Show how much of a long prompt has been read, on a terminal."""
-        now = time.monotonic()
-        if not (done and self._waiting_s):
-            self._waiting_s = now
-        if now - self._waiting_s > PATIENCE_S:
-            self._show_status(f"reading the prompt: {done} of {total} tokens")
 
     def show(self, piece: Piece) -> None:
         """Show a piece of a reply. Newlines around thought and answer are replaced by a blank line between."""
-        if piece.kind == "thought" and (self.hide_thoughts or not self.watched):
-            self._hide_thought(piece.text)
-            return
-        self._end_status()
-        if piece.kind == "notice":
+        if piece.kind == "reading":
+            if self._waited_s() > PATIENCE_S:
+                self._show_status(f"reading the prompt: {piece.text}")
+        elif piece.kind == "thought" and (self.hide_thoughts or not self.watched):
+            if piece.text.strip() and self._kind != "hidden":
+                self._begin_section("hidden" if self.watched else self._kind)
+            if self._kind == "hidden" or not self.watched:
+                self._show_status(f"thinking: {self._waited_s():.0f} s")
+        elif piece.kind == "notice":
+            self._end_status()
             self.note(piece.text)
         else:
-            self._fold_thought()
+            self._end_status()
             self._show_text(piece.kind, cleaned(piece.text))
 
     def end_reply(self) -> None:
         """Finish the line of a reply, if there was one."""
         self._end_status()
-        self._fold_thought()
         if self._kind:
             self._end_section()
             self.write("\n")
             self._kind = ""
 
+    def _waited_s(self) -> float:
+        self._since_s = self._since_s or time.monotonic()
+        return time.monotonic() - self._since_s
+
     def _write_dim(self, text: str, end: str = "") -> None:
-        dim = self._stderr.isatty() and self._styled
+        dim = self._stderr.isatty() and self.styled
         self._stderr.write(f"{DIM}{text}{PLAIN}{end}" if dim else text + end)
         self._stderr.flush()
 
     def _show_status(self, text: str) -> None:
-        """Show a line that doesn't last, on a terminal. It is kept narrow, as only one row can be taken back."""
+        # It is kept narrow, as only one row can be taken back.
         if self._stderr.isatty():
             text = text[: (os.get_terminal_size(self._stderr.fileno()).columns or 80) - 1]
             if text != self._status:
@@ -2070,10 +1514,12 @@ class Terminal:
                 self._status = text
 
     def _end_status(self) -> None:
-        self._waiting_s = 0.0
         if self._status:
             self._write_dim("\r" + " " * len(self._status) + "\r")
-            self._status = ""
+        if self._kind == "hidden":
+            thought = f"thought for {self._waited_s():.1f} s"
+            self.write(f"{DIM}{thought}{PLAIN}" if self.styled else thought)
+        self._status, self._since_s = "", 0.0
 
     def _show_text(self, kind: str, text: str) -> None:
         if kind != self._kind:
@@ -2088,73 +1534,235 @@ class Terminal:
     def _begin_section(self, kind: str) -> None:
         if self._kind:
             self._end_section()
-            self.write("\n\n")
+            self.write("\n\n" * (kind != self._kind))
         self._kind = kind
-        self.write(DIM if kind == "thought" and self._styled else "")
+        self.write(DIM if kind == "thought" and self.styled else "")
 
     def _end_section(self) -> None:
         self._newlines = ""
-        self.write(PLAIN if self._kind == "thought" and self._styled else "")
+        self.write(PLAIN if self._kind == "thought" and self.styled else "")
 
-    def _hide_thought(self, text: str) -> None:
-        if not self._thought_s:
-            if not text.strip():
-                return
-            self._thought_s = time.monotonic()
-            if self.watched:
-                self._begin_section("hidden thought")
-        self._show_status(f"thinking: {time.monotonic() - self._thought_s:.0f} s")
 
-    def _fold_thought(self) -> None:
-        if self._thought_s and self.watched:
-            text = f"thought for {time.monotonic() - self._thought_s:.1f} s"
-            self.write(f"{DIM}{text}{PLAIN}" if self._styled else text)
-        self._thought_s = 0.0
+# ----------------------------------------------------------------------------------- Line editor
 
-    # Reading
+# The bytes of one key, or of a paste that the terminal doesn't mark, follow each other faster than this.
+BURST_S = 0.03
 
-    def read_from_launcher(self, idle: Callable[[], None]) -> None:
-        """Take lines as mlx.launch hands them on, whole, and already shown by the terminal that they were typed at.
+# Have the terminal put marks around pastes, or no longer; these marks; and a key of no keyboard, to redraw the line.
+MARK_PASTES, LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
+PASTE_BEGINS, PASTE_ENDS, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
 
-        `idle` is called again and again while there is none.
-        """
-        self.interactive = False
-        # So it tells the processes that its own output is a terminal.
-        self.watched = "COLUMNS" in os.environ
-        self._idle = idle
+# The next of the keys that wait: a marked paste, or all up to the end of a line; Alt+Enter ends none.
+PASTE = re.compile(rb"\x1b\[200~(.*?)\x1b\[201~", re.DOTALL)
+TYPED = re.compile(rb"(?:(?!\x1b\[200~)(?:\x1b[\r\n]|[^\r\n]))*[\r\n]?")
 
-    def open_line_editor(self, complete: Callable[[str], Iterable[str]]) -> None:
-        """Switch on editing, history and completion, on a terminal, until `close`.
 
-        `complete` says which whole lines the beginning of a line may become.
-        """
-        if not self.interactive:
-            return
-        try:
-            import readline
-        except ImportError:
-            # Some Pythons are built without it; the terminal's own line editing has to do then.
-            return
-        self._readline = readline
-        # Before Python 3.13 only the docstring says which of the two it is.
-        self._libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
-        if self._marked_pastes is None:
-            version = self._readline._READLINE_RUNTIME_VERSION
-            self._marked_pastes = not self._libedit and not self._dumb and version >= MARKED_PASTES_VERSION
-        readline.set_auto_history(False)
-        with self._warned_of_history():
-            for prompt in self._history.load() if self._history else []:
-                readline.add_history(prompt)
-        self._bind_keys(complete)
-        self._found = termios.tcgetattr(self._stdin)
-        self._listen_quietly()
+class Keyboard:
+    """Stands between the terminal and the line editor, so that every key passes one place.
+
+    The editor reads from a pseudo-terminal, which it is given in place of standard input. Until it reads, keys wait
+    here: nothing typed ahead is lost or shown, and Esc can stop a reply. From `__init__` to `close` the terminal
+    itself shows nothing, cuts no long line (macOS does at 1024 bytes, Linux at 4096) and drops nothing at Ctrl+C.
+    """
+
+    # Libedit writes past its buffer in a line of about 4,500 characters; longer runs are pasted, not typed.
+    LONGEST_TYPED = 500
+
+    def __init__(self, stdin: TextIO, as_keys: Callable[[str], bytes], on_escape: Callable[[], None]) -> None:
+        """Take the terminal over. `as_keys` returns the keys that put a pasted text into the line."""
+        self._stdin, self._as_keys, self._on_escape = stdin.fileno(), as_keys, on_escape
+        self._terminal = os.dup(self._stdin)
+        # The modes in which the terminal was found, as `tcgetattr` gives them.
+        self._found: list[Any] = termios.tcgetattr(self._terminal)
+        self._editor, end = os.openpty()
+        termios.tcsetattr(end, termios.TCSANOW, self._found)
+        os.dup2(end, self._stdin)
+        os.close(end)
+        os.set_blocking(self._editor, False)
+        # Keys that the editor was not given yet, as they came; and what it is being given.
+        self._waiting, self._sending = b"", b""
+        # The editor reads, and was given keys since it does.
+        self._feeding = self.fed = False
+        self._lock = threading.Lock()
+        self._woken, self._wake = os.pipe()
+        self._take_terminal()
+        for number in (signal.SIGWINCH, signal.SIGCONT):
+            signal.signal(number, self._take_terminal)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        # Signals are for the main thread: only there they end a wait for keys.
+        found = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._thread.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, found)
 
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way."""
-        with contextlib.suppress(OSError):
-            self.end_reply()
+        os.close(self._wake)
+        self._thread.join()
+        os.dup2(self._terminal, self._stdin)
         with contextlib.suppress(termios.error):
-            self._switch_off(0)
+            termios.tcsetattr(self._terminal, termios.TCSANOW, self._found)
+        for end in (self._terminal, self._editor, self._woken):
+            os.close(end)
+
+    def _take_terminal(self, signum: int = 0, frame: object = None) -> None:
+        """Set the terminal's modes; also after Ctrl+Z, and when the size of the window changes."""
+        with contextlib.suppress(termios.error, OSError):
+            modes = [*self._found]
+            modes[0] &= ~(termios.ICRNL | termios.IXON)
+            modes[3] = modes[3] & ~(termios.ECHO | termios.ICANON | termios.IEXTEN) | termios.NOFLSH
+            termios.tcsetattr(self._terminal, termios.TCSANOW, modes)
+            size = fcntl.ioctl(self._terminal, termios.TIOCGWINSZ, bytes(8))
+            fcntl.ioctl(self._editor, termios.TIOCSWINSZ, size)
+            if signum == signal.SIGCONT and self._feeding:
+                os.write(self._editor, REDRAW_KEY)
+
+    @contextlib.contextmanager
+    def feeding(self, keys: bytes) -> Iterator[None]:
+        """Hand keys on to the line editor while it reads: these, those that wait, and what is typed."""
+        with self._lock:
+            self._sending, self._feeding, self.fed = keys, True, False
+        os.write(self._wake, b".")
+        try:
+            yield
+        except KeyboardInterrupt:
+            # The rest of a paste goes with the line; what was typed after it stays.
+            termios.tcflush(self._stdin, termios.TCIFLUSH)
+            raise
+        finally:
+            self._feeding = False
+
+    def _listens(self) -> bool:
+        """Tell if the editor reads: until it has set up its terminal, that would take some keys as its own."""
+        return self._feeding and not termios.tcgetattr(self._stdin)[3] & termios.ICANON
+
+    def _run(self) -> None:
+        """Take keys from the terminal and hand them on, until `close`."""
+        while True:
+            # The editor says to nobody when it begins to read.
+            due = self._feeding and (self._sending or self._waiting)
+            readable, _, _ = select.select([self._woken, self._terminal], [], [], 0.001 if due else None)
+            if self._woken in readable and not os.read(self._woken, 64):
+                return
+            if self._terminal in readable:
+                self._take(live=not due and self._listens())
+            while self._listens() and (self._sending or self._waiting):
+                self._hand_on()
+
+    def _take(self, live: bool) -> None:
+        """Take what was typed; if it is `live`, lines that come in one burst are a paste, else prompts of their own."""
+        data = self._read()
+        while self._has_more(data):
+            data += self._read()
+        if live and PASTE_BEGINS not in data and re.search(rb"[\r\n].", data, re.DOTALL):
+            text = data.rstrip(b"\r\n")
+            data = PASTE_BEGINS + text + PASTE_ENDS + b"\r" * (len(text) < len(data))
+        self._waiting += data
+        if not self._feeding and self._waiting.endswith(b"\x1b"):
+            self._waiting = self._waiting[:-1]
+            self._on_escape()
+
+    def _read(self) -> bytes:
+        with contextlib.suppress(OSError):
+            if data := os.read(self._terminal, 1 << 16):
+                return data
+        # The terminal is gone: the line is dropped, and ended.
+        time.sleep(BURST_S)
+        return b"\x15\x04"
+
+    def _has_more(self, data: bytes) -> bool:
+        """Tell if more belongs to these keys: the rest of a paste, of a burst, or of a key that begins with Esc."""
+        if data.rfind(PASTE_BEGINS) > data.rfind(PASTE_ENDS):
+            wait = 1.0
+        else:
+            wait = BURST_S if len(data) > self.LONGEST_TYPED or re.search(rb"[\r\n].|\x1b$", data, re.DOTALL) else 0.0
+        return bool(wait and select.select([self._terminal], [], [], wait)[0])
+
+    def _hand_on(self) -> None:
+        """Give the editor a share of the next keys."""
+        with self._lock:
+            self._sending, self.fed = self._sending or self._next_keys(), True
+            share = self._sending[:1024]
+            if not select.select([], [self._editor], [], BURST_S)[1]:
+                return
+            self._sending = self._sending[os.write(self._editor, share) :]
+            ended = share.endswith((b"\r", b"\n")) and not self._sending
+        if ended:
+            self._await_end_of_line()
+
+    def _next_keys(self) -> bytes:
+        """Take a paste, or the keys up to the end of a line, from those that wait."""
+        paste = PASTE.match(self._waiting)
+        keys = paste or TYPED.match(self._waiting)
+        taken = (keys and keys[0]) or self._waiting
+        self._waiting = self._waiting[len(taken) :]
+        typed = taken.rstrip(b"\r\n")
+        if not paste and len(typed) <= self.LONGEST_TYPED:
+            return taken
+        text = (paste[1] if paste else typed).decode(errors="replace")
+        return self._as_keys(re.sub("\r\n?", "\n", text)) + b"\r" * (not paste and typed != taken)
+
+    def _await_end_of_line(self) -> None:
+        """Give the editor time to end its line: further keys are for the next one."""
+        deadline = time.monotonic() + BURST_S
+        while self._listens():
+            if time.monotonic() > deadline:
+                # Libedit looks at an Enter that ends a search only when another key comes.
+                os.write(self._editor, REDRAW_KEY)
+                return
+            time.sleep(0.001)
+
+
+class LineEditor:
+    """Reads prompts; on a terminal with editing, history and completion from `open` to `close`.
+
+    Elsewhere it writes a line that it has read after its prompt, so that a transcript reads the same either way.
+    """
+
+    def __init__(self, stdin: TextIO, screen: Screen, history: PromptHistory | None = None) -> None:
+        self._stdin, self._screen, self._history = stdin, screen, history
+        self.interactive = stdin.isatty() and screen.watched
+        self._keyboard: Keyboard | None = None
+        self._readline: Any = None
+        self._libedit = False
+        # The marks that stand for texts in libedit's lines.
+        self._marks: dict[str, str] = {}
+        self._history_failed = False
+        # The lines so far of the prompt that is being read.
+        self._lines: list[str] = []
+
+    def open(self, complete: Callable[[str], Iterable[str]], on_escape: Callable[[], None]) -> None:
+        """Switch the line editor on.
+
+        `complete` returns the lines that a line's beginning may become; `on_escape` is called by another thread when
+        Esc is pressed while no prompt is read.
+        """
+        with contextlib.suppress(ImportError):
+            # The keyboard comes first: the editor's own handler of SIGWINCH then calls the keyboard's before it looks.
+            self._keyboard = Keyboard(self._stdin, self._as_keys, on_escape)
+            import readline
+
+            self._readline = readline
+        if not self._readline:
+            # Some Pythons are built without it; the terminal's own line editing has to do then.
+            self.close()
+            return
+        # Before Python 3.13 only the docstring says which of the two it is.
+        self._libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
+        readline.set_auto_history(False)
+        with self._warned_of_history():
+            for prompt in self._history.load() if self._history else []:
+                readline.add_history(self._held(prompt))
+        self._bind_keys(complete)
+        if not self._screen.dumb:
+            self._screen.write(MARK_PASTES)
+
+    def close(self) -> None:
+        """Leave the terminal as it was found, whatever was under way."""
+        keyboard, self._keyboard = self._keyboard, None
+        if keyboard:
+            keyboard.close()
+            with contextlib.suppress(OSError):
+                self._screen.write(LEAVE_PASTES * (not self._screen.dumb))
 
     def _bind_keys(self, complete: Callable[[str], Iterable[str]]) -> None:
         readline = self._readline
@@ -2168,136 +1776,83 @@ class Terminal:
 
         readline.set_completer(offer)
         readline.set_completer_delims(" \n")
-        readline.parse_and_bind("bind ^I rl_complete" if self._libedit else "tab: complete")
-        if self._marked_pastes:
-            # Python switches it off. The editor has the terminal mark pastes only while it reads.
-            readline.parse_and_bind("set enable-bracketed-paste on")
+        bindings = [r'"\e[99~": redraw-current-line', "tab: complete", r'"\e[200~": bracketed-paste-begin']
+        # Alt+Enter begins a new line; a text that is put into the line is not shown as selected.
+        bindings += [r'"\e\C-m": "\C-v\C-j"', "set enable-active-region off"]
+        for binding in ("bind ^[[99~ ed-redisplay", "bind ^I rl_complete") if self._libedit else bindings:
+            readline.parse_and_bind(binding)
 
-    def _switch_off(self, modes: int) -> None:
-        """Have the terminal do as it was found to, but for some modes."""
-        if self._found:
-            settings = [*self._found]
-            settings[3] &= ~modes
-            termios.tcsetattr(self._stdin, termios.TCSANOW, settings)
+    def _held(self, text: str) -> str:
+        """Return a text as the editor can hold it: in libedit a mark stands for a long one until its line is read."""
+        text = cleaned(text)
+        if not self._libedit or ("\n" not in text and len(text) <= Keyboard.LONGEST_TYPED):
+            return text
+        return self._marks.setdefault(text, f"[{len(self._marks) + 1}: {shortened(text, 30)} {len(text)} characters]")
 
-    def _listen_quietly(self) -> None:
-        """Keep what is typed for the next prompt unseen and whole.
-
-        The terminal would show it in the middle of a reply, and cut lines that are longer than 1024 (macOS)
-        or 4096 bytes (Linux).
-        """
-        self._switch_off(termios.ECHO | termios.ICANON)
+    def _as_keys(self, text: str) -> bytes:
+        """Return the keys that put a text into the line."""
+        keys = self._held(text).encode(errors="replace")
+        return keys if self._libedit else PASTE_BEGINS + keys + PASTE_ENDS
 
     def read_line(self, prompt: str, text: str = "") -> str:
-        """Read one line; `text` stands in it for editing. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C.
-
-        It holds newlines if a paste did, or a text that came back from the history.
-        """
+        """Read one line; `text` stands in it for editing. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
         if self.interactive:
             return self._edit_line(prompt, text)
-        self.write(prompt)
-        line, shown = self._next_line()
+        self._screen.write(prompt)
+        line = self._stdin.readline()
+        # Where a launcher stands between, the terminal has shown the line already.
+        self._screen.write("" if self._screen.watched else cleaned(line.rstrip("\n")) + "\n")
         if not line:
-            self.write("\n")
             raise EOFError
-        line = line.rstrip("\n")
-        if not shown:
-            self.write(cleaned(line) + "\n")
-        return line
-
-    def _next_line(self) -> tuple[str, bool]:
-        """The next line with its end, or nothing; and whether a terminal has shown it, after the prompt, already."""
-        if self._idle is None:
-            return self._stdin.readline(), False
-        shown = False
-        while b"\n" not in self._ahead:
-            if not select.select([self._stdin], [], [], MEETING_S)[0]:
-                self._idle()
-                shown = self.watched
-            elif data := os.read(self._stdin.fileno(), io.DEFAULT_BUFFER_SIZE):
-                self._ahead += data
-            else:
-                break
-        line, end, self._ahead = self._ahead.partition(b"\n")
-        return (line + end).decode(errors="replace"), shown
+        return line.rstrip("\n")
 
     def _edit_line(self, prompt: str, text: str) -> str:
-        if self._styled and self._readline:
-            # The marks take the colour out of the editor's count of columns. libedit loses what no character follows.
+        if self._screen.styled and self._readline:
+            # The marks take the colour out of the editor's count of columns. Libedit loses one that nothing follows.
             prompt = f"\x01{GREEN}\x02{prompt.rstrip()}\x01{PLAIN}\x02 "
-        if self._readline:
-            self._stale = self._readline.get_line_buffer() if self._libedit else ""
-            self._readline.set_startup_hook(lambda: self._readline.insert_text(text.replace("\0", "")))
-        # The editors look at these: GNU's shows nothing where nothing was shown, libedit no longer knows Ctrl+D.
-        self._switch_off(0 if self._libedit else termios.ICANON)
+        keys = self._as_keys(text) if text else b""
         try:
-            return input(prompt)
-        except EOFError:
-            self.write("" if self._marked_pastes else "\n")
-            raise
-        except BaseException:
+            with self._keyboard.feeding(keys) if self._keyboard else contextlib.nullcontext():
+                line = input(prompt)
+        except BaseException as error:
             # The cursor may stand in the first of several rows.
-            self.write("\n" + ERASE_BELOW * self._styled)
+            self._screen.write("\n" + ERASE_BELOW * (not self._screen.dumb and not isinstance(error, EOFError)))
             raise
-        finally:
-            self._listen_quietly()
+        for meant, mark in self._marks.items():
+            line = line.replace(mark, meant)
+        return line
 
     def read_prompt(self, text: str = "") -> str:
         """Read a prompt: a line, a paste, or what is typed between three quotes. Raises like `read_line`."""
-        if text and self._libedit:
-            # It has no hook to put text into a line.
-            self._readline.add_history(text)
-            self.note("Press the up arrow to edit the prompt.")
+        self._screen.write("\n")
         self._lines = []
-        self.write("\n")
-        self._read_lines("prompt -> ", text)
-        block = "\n".join(self._lines).strip("\n")
-        if "\n" not in block:
-            block = block.strip()
+        self._lines = [self.read_line("prompt -> ", text)]
+        block = self._lines[0].strip("\n")
+        block = block if "\n" in block else block.strip()
         # A paste that only starts with three quotes is no beginning: program text often does.
         if not block.startswith('"""') or ("\n" in block and self._is_open()):
             return block
-        try:
+        with contextlib.ExitStack() as stack:
+            if not self.interactive:
+                stack.enter_context(contextlib.suppress(EOFError))
             while self._is_open():
-                self._read_lines("... ")
-        except EOFError:
-            if self.interactive:
-                raise
+                self._lines.append(self.read_line("... "))
         return "\n".join(self._lines).strip()[3:].removesuffix('"""').strip("\n")
-
-    def _read_lines(self, prompt: str, text: str = "") -> None:
-        """Read a line, or all lines of a paste.
-
-        Where nothing marks a paste, it is lines that come in one burst; not if the first was there before the
-        prompt was: then they were typed ahead, or are a script.
-        """
-        alone = self._marked_pastes or self._has_input(0)
-        self._lines.append(self.read_line(prompt, text))
-        while not alone and self._has_input(BURST_S):
-            self._lines.append(self.read_line("... "))
-
-    def _has_input(self, timeout_s: float) -> bool:
-        return self.interactive and bool(select.select([self._stdin], [], [], timeout_s)[0])
 
     def _is_open(self) -> bool:
         return not "\n".join(self._lines).strip()[3:].endswith('"""')
 
     def typed(self) -> bool:
-        """Whether there was something in the prompt when Ctrl+C came."""
-        # libedit empties its buffer only when something is typed.
-        return bool(self._lines) or (
-            self._readline is not None and self._readline.get_line_buffer() not in ("", self._stale)
-        )
+        """Tell if there was something in the prompt when Ctrl+C came."""
+        return bool(self._lines) or (self._keyboard is not None and self._keyboard.fed)
 
     def remember(self, prompt: str) -> None:
         """Add a prompt that somebody typed to the history, in the line editor and on disk."""
-        if self._history is None or not self.watched:
-            return
-        new = True
+        new = self._screen.watched
         with self._warned_of_history():
-            new = self._history.add(prompt)
+            new = new and self._history is not None and self._history.add(prompt)
         if new and self._readline:
-            self._readline.add_history(prompt)
+            self._readline.add_history(self._held(prompt))
 
     @contextlib.contextmanager
     def _warned_of_history(self) -> Iterator[None]:
@@ -2305,38 +1860,48 @@ class Terminal:
             yield
         except OSError as error:
             if not self._history_failed:
-                self.note(f"Prompts are not kept for another day: {one_line(error)}")
+                self._screen.note(f"Prompts are not kept for another day: {one_line(error)}")
             self._history_failed = True
 
 
 # --------------------------------------------------------------------------------------- Program
 
 
+LEAVE_WORDS = ("quit", "bye", "exit")
+KEYS_HELP = (
+    ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line"),
+    ("Up, Ctrl+R, Tab", "earlier prompts; find one; complete commands and file names"),
+    ('Alt+Enter, """', "a new line (not with libedit); begin and end a prompt of several lines"),
+    ("//", "begin a prompt with a slash"),
+)
+HISTORY_FILE = ".llmchat_history"
+
+
 class Interrupts:
-    """Ctrl+C on a terminal: it drops the line that is being read, and otherwise asks a reply to stop.
+    """Handles Ctrl+C on a terminal: it drops the line that is being read, and otherwise asks a reply to stop.
 
     Nothing but reading a line, or a second press on an engine that doesn't stop, is torn from its work.
     """
 
     def __init__(self) -> None:
         self._reading = False
-        self._pressed = False
+        # A reply is to stop.
+        self.pressed = False
+
+    def press(self) -> None:
+        """Ask the reply to stop."""
+        self.pressed = True
 
     def __call__(self, signum: int, frame: object) -> None:
         """Handle SIGINT."""
-        if self._reading or self._pressed:
+        if self._reading or self.pressed:
             raise KeyboardInterrupt
-        self._pressed = True
-
-    def stop(self) -> bool:
-        """Whether a reply is to stop."""
-        return self._pressed
+        self.press()
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
-        """While a line is read, Ctrl+C is raised as `KeyboardInterrupt`; an earlier press is forgotten."""
-        self._pressed = False
-        self._reading = True
+        """Raise Ctrl+C as `KeyboardInterrupt` while a line is read; an earlier press is forgotten."""
+        self.pressed, self._reading = False, True
         try:
             yield
         finally:
@@ -2344,55 +1909,47 @@ class Interrupts:
 
 
 class Command(NamedTuple):
-    """What `/help`, completion and the README say of a command."""
+    """A command as `/help`, completion and the README know it, and the method that obeys it."""
 
     arguments: str
     help: str
+    obey: Callable[[Chat, str], None]
 
 
-COMMANDS = {
-    "/help": Command("", "list the commands"),
-    "/clear": Command("", "start a new conversation"),
-    "/retry": Command("", "say the last reply again"),
-    "/undo": Command("", "take the last turn back and edit its prompt"),
-    "/continue": Command("", "go on with a reply that was cut or stopped"),
-    "/system": Command("[TEXT]", "show or set the system prompt; - removes it"),
-    "/set": Command("[KEY VALUE]", "list the settings, or change one"),
-    "/stats": Command("", "show statistics after each reply, or no longer"),
-    "/save": Command("FILE", "write the conversation, as --session does"),
-}
+COMMANDS: dict[str, Command] = {}
+
+
+def command(arguments: str = "") -> Callable[[Callable[[Chat, str], None]], Callable[[Chat, str], None]]:
+    """Declare a method of `Chat` as a command: its name is the word, its docstring the help."""
+
+    def declare(method: Callable[[Chat, str], None]) -> Callable[[Chat, str], None]:
+        COMMANDS["/" + method.__name__.strip("_")] = Command(arguments, str(method.__doc__).rstrip("."), method)
+        return method
+
+    return declare
 
 
 def completions(line: str) -> list[str]:
-    """The lines that Tab may make of the beginning of one: commands, keys of `/set`, file names, or just a tab."""
+    """Return the lines that Tab may make of a line's beginning: commands, keys of `/set`, file names, or just a tab."""
     if not line.startswith("/"):
         return [line + "\t"]
-    command, space, rest = line.partition(" ")
+    word, space, rest = line.partition(" ")
+    wholes: Iterable[str] = ()
     if not space:
-        wholes = [f"{name} " if about.arguments else name for name, about in COMMANDS.items()]
-    elif command == "/set":
-        wholes = [f"/set {key} " for key, field in OPTIONS.items() if field.metadata["in_chat"]]
-    elif command == "/save":
-        wholes = [f"/save {name}" for name in file_names(rest)]
-    else:
-        wholes = []
-    return [whole for whole in wholes if whole.startswith(line)]
-
-
-def file_names(start: str) -> list[str]:
-    """The files whose names begin so, folders with a slash; hidden ones only if asked for."""
-    folder, name = os.path.split(start)
-    try:
-        with os.scandir(os.path.expanduser(folder) or ".") as entries:
-            found = [entry.name + "/" * entry.is_dir() for entry in entries if entry.name.startswith(name)]
-    except OSError:
-        return []
-    head = start[: len(start) - len(name)]
-    return sorted(head + entry for entry in found if cleaned(entry) == entry and (name or entry[0] != "."))
+        wholes = (f"{name} " if about.arguments else name for name, about in COMMANDS.items())
+    elif word == "/set":
+        wholes = (
+            f"/set {key} " for key, (name, negated) in KEYS.items() if OPTIONS[name].scope is CHAT and not negated
+        )
+    elif word == "/save":
+        found = glob.glob(glob.escape(os.path.expanduser(rest)) + "*")
+        head = rest[: rest.rfind("/") + 1]
+        wholes = sorted(f"/save {head}{os.path.basename(name)}" + "/" * os.path.isdir(name) for name in found)
+    return [whole for whole in wholes if whole.startswith(line) and cleaned(whole) == whole]
 
 
 def as_typed(prompt: str) -> str:
-    """What must be typed to send a prompt: one that starts with a slash takes two."""
+    """Return the line that must be typed to send a prompt: one that starts with a slash takes two."""
     return "/" + prompt if prompt.startswith("/") else prompt
 
 
@@ -2402,17 +1959,20 @@ class Chat:
     def __init__(
         self,
         conversation: Conversation,
-        terminal: Terminal,
+        screen: Screen,
+        editor: LineEditor,
         settings: Settings,
-        interrupts: Interrupts,
         session: SessionFile | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
         self._conversation = conversation
-        self._terminal = terminal
+        self._screen, self._editor = screen, editor
         self._settings = settings
-        self._interrupts = interrupts
         self._session = session
-        # What stands in the next line for editing.
+        self._interrupts = interrupts or Interrupts()
+        # An error was said; the session could not be written last time.
+        self.failed = self._unkept = False
+        # The text that stands in the next line for editing.
         self.draft = ""
 
     def run(self) -> None:
@@ -2424,182 +1984,199 @@ class Chat:
             except EOFError:
                 break
             except KeyboardInterrupt:
-                if not self._terminal.interactive:
+                if not self._editor.interactive:
                     raise
-                if leaving:
+                empty = not self._editor.typed()
+                if empty and leaving:
                     break
-                leaving = not self._terminal.typed()
-                if leaving:
-                    self._terminal.note("Press Ctrl+C again to leave, or type quit.")
+                if empty:
+                    self._screen.note("Press Ctrl+C again to leave, or type quit.")
+                leaving = empty
                 continue
             leaving = False
-            if prompt.lower() in LEAVE_WORDS:
+            if prompt.lower().removeprefix("/") in LEAVE_WORDS:
                 break
             if prompt:
                 self._answer(prompt)
-        self._terminal.write("Goodbye!\n")
+        self._screen.write("Goodbye!\n")
 
     def _read(self) -> str:
         draft, self.draft = self.draft, ""
         with self._interrupts.raised():
-            return self._terminal.read_prompt(draft)
+            return self._editor.read_prompt(draft)
 
     def _answer(self, prompt: str) -> None:
-        self._terminal.remember(prompt)
-        self._attempt(lambda: self._obey(prompt))
-        self._attempt(self._keep)
-
-    def _attempt(self, step: Callable[[], None]) -> None:
-        # What goes wrong is said, and the chat goes on.
+        self._editor.remember(prompt)
         try:
-            step()
+            self._obey(prompt)
         except ChatError as error:
-            if error.fatal:
+            # An error is said, and the chat goes on, but where other hosts don't know of it.
+            if isinstance(error, EngineError) and self._conversation.hosts.size > 1:
                 raise
-            self._terminal.end_reply()
-            self._terminal.error(str(error))
+            self._complain(error)
         except KeyboardInterrupt:
-            if not self._terminal.interactive:
+            if not self._editor.interactive:
                 raise
-            self._terminal.end_reply()
+            self._screen.end_reply()
+        self._keep()
+
+    def _complain(self, error: ChatError) -> None:
+        self._screen.end_reply()
+        self._screen.error(str(error))
+        self.failed = True
 
     def _obey(self, prompt: str) -> None:
         word, rest = [*prompt.split(None, 1), ""][:2]
+        word = {"/?": "/help"}.get(word, word.lower())
+        if "\n" in prompt and word != "/system":
+            # A pasted block is never a command.
+            word = ""
         if word in COMMANDS:
-            getattr(self, "_" + word[1:])(rest.strip())
-        elif word[1:] in LEAVE_WORDS and word[0] == "/":
-            raise ChatError(f"Type {word[1:]}, without the slash, to leave.")
+            if rest and not COMMANDS[word].arguments:
+                raise ChatError(
+                    f"{word} takes no text, so nothing was done. To send a line that starts with /, type //."
+                )
+            COMMANDS[word].obey(self, rest.strip())
         elif re.fullmatch(r"/[a-z]+", word):
             hint = did_you_mean(word, COMMANDS) or "; /help lists them."
             raise ChatError(f"There is no command {word}{hint} To send a line that starts with /, type //.")
         else:
-            text = prompt[1:] if prompt.startswith("//") else prompt
-            self._attempt(lambda: self._keep(text))
+            # A prompt that was refused, stopped at once, or that the engine failed on stands in the next line.
             self.draft = prompt
-            self._show(self._conversation.reply(text, self._interrupts.stop, self._terminal.progress))
-            # A prompt that was refused, or that the engine failed on, stands in the next line for editing.
-            self.draft = ""
+            self.say(prompt[1:] if prompt.startswith("//") else prompt)
 
-    def reply_once(self, prompt: str) -> None:
-        """Answer one prompt. Raises `ChatError`."""
-        self._keep(prompt)
+    def say(self, prompt: str) -> None:
+        """Show the reply to a prompt. Raises `ChatError`."""
+        before = self._conversation.messages
+        # The prompt is written down before its reply comes: a crash loses only the reply.
+        self._keep({"role": "user", "content": prompt})
         try:
-            self._show(self._conversation.reply(prompt, progress=self._terminal.progress))
-        except ChatError:
-            self._keep()
-            raise
-        self._keep()
+            self._show(self._conversation.reply(prompt))
+        finally:
+            if self._conversation.messages is not before:
+                self.draft = ""
+                self._keep()
 
     def _messages(self) -> list[Message]:
         return self._settings.with_system(self._conversation.messages)
 
-    def _keep(self, prompt: str | None = None) -> None:
-        # A prompt is kept before its reply comes: a crash loses only the reply.
-        asked = [] if prompt is None else [{"role": "user", "content": prompt}]
-        if self._session:
-            self._session.save([*self._messages(), *asked])
+    def _keep(self, *asked: Message) -> None:
+        """Write the conversation down. That it can't be written is said once, and the chat goes on."""
+        try:
+            if self._session:
+                self._session.save([*self._messages(), *asked])
+            self._unkept = False
+        except ChatError as error:
+            if not self._unkept:
+                self._complain(error)
+            self._unkept = True
 
-    def _show(self, pieces: Iterator[Piece]) -> None:
-        self._terminal.hide_thoughts = self._settings.hide_thoughts
-        for piece in pieces:
-            self._terminal.show(piece)
-        self._terminal.end_reply()
+    def _show(self, pieces: Generator[Piece, None, None]) -> None:
+        self._screen.hide_thoughts = self._settings.hide_thoughts
+        # To close a reply is to stop it.
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                self._screen.show(piece)
+                if self._interrupts.pressed:
+                    break
+        self._screen.end_reply()
         statistics = self._conversation.statistics
         if statistics and statistics.finish_reason == "length":
             advice = "/continue goes on" if self._settings.prompt is None else "--max-tokens allows more"
-            self._terminal.note(f"Cut at {statistics.generation_tokens} tokens; {advice}.")
+            self._screen.note(f"Cut at {statistics.generation_tokens} tokens; {advice}.")
         if statistics and statistics.finish_reason and self._settings.stats:
-            self._terminal.note(statistics.line())
+            self._screen.note(statistics.line())
 
+    @command()
     def _help(self, rest: str) -> None:
-        rows = [(f"{name} {command.arguments}".strip(), command.help) for name, command in COMMANDS.items()]
-        keys = self._terminal.interactive
-        rows += [(", ".join(LEAVE_WORDS), "leave" + " (Ctrl+D too)" * keys)]
-        rows += [("Ctrl+C", "stop the reply, or drop the line")] * keys
+        """List the commands."""
+        rows = [(f"{name} {about.arguments}".strip(), about.help) for name, about in COMMANDS.items()]
+        rows += [(", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"), *KEYS_HELP]
         width = max(len(left) for left, _ in rows)
-        self._terminal.write("".join(f"{left:{width}}  {right}\n" for left, right in rows))
+        self._screen.write("".join(f"{left:{width}}  {right}\n" for left, right in rows))
 
+    @command()
     def _clear(self, rest: str) -> None:
+        """Start a new conversation."""
         self._conversation.clear()
-        self._terminal.note("A new conversation.")
+        self._screen.note("A new conversation.")
 
+    @command()
     def _retry(self, rest: str) -> None:
-        self._show(self._conversation.retry(self._interrupts.stop, self._terminal.progress))
+        """Say the last reply again."""
+        self._show(self._conversation.retry())
 
+    @command()
     def _undo(self, rest: str) -> None:
+        """Take the last turn back and edit its prompt."""
         self.draft = as_typed(self._conversation.undo())
-        self._terminal.note("The last turn is taken back.")
+        self._screen.note("The last turn is taken back.")
 
+    @command()
     def _continue(self, rest: str) -> None:
-        self._show(self._conversation.resume(self._interrupts.stop))
+        """Go on with a reply that was cut or stopped."""
+        self._show(self._conversation.resume())
 
+    @command("[TEXT]")
     def _system(self, rest: str) -> None:
+        """Show or set the system prompt; - removes it."""
         if rest:
             self._set(f"system {rest}")
         else:
-            self._terminal.write(f"{cleaned(self._settings.system or 'There is no system prompt.')}\n")
+            self._screen.write(f"{cleaned(self._settings.system or 'There is no system prompt.')}\n")
 
-    def _stats(self, rest: str) -> None:
-        self._set(f"stats {'false' if self._settings.stats else 'true'}")
-
+    @command("[KEY VALUE]")
     def _set(self, rest: str) -> None:
+        """List the settings, or change one."""
         key, _, value = rest.partition(" ")
         if not key:
             self._list_settings()
             return
         try:
-            field, parsed = option_for(key, value.strip())
-            if not field.metadata["in_chat"]:
-                raise argparse.ArgumentTypeError("can't be changed in a chat")
+            name = self._settings.change(key, value.strip(), "here", [CHAT])
         except argparse.ArgumentTypeError as error:
             raise ChatError(f"{key} {error}") from error
-        if field.name == "system" and parsed == "-":
-            parsed = None
-        setattr(self._settings, field.name, parsed)
-        self._settings.sources[field.name] = "here"
-        if field.name == "seed":
-            self._conversation.seed(parsed)
-        self._terminal.note(f"{field.name.replace('_', '-')} = {shown_value(parsed)}")
+        if self._settings.system == "-":
+            self._settings.system = None
+        if name == "seed":
+            self._conversation.seed(self._settings.seed)
+        self._screen.note(f"{name.replace('_', '-')} = {shown_value(getattr(self._settings, name))}")
 
+    @command("[on|off]")
+    def _stats(self, rest: str) -> None:
+        """Show statistics after each reply, or no longer."""
+        self._set(f"stats {rest or ('off' if self._settings.stats else 'on')}")
+
+    @command("FILE")
     def _save(self, rest: str) -> None:
+        """Write the conversation, as --session does."""
         if not rest:
             raise ChatError("/save needs the name of a file.")
+        if self._conversation.hosts.rank:
+            return
         path = Path(os.path.expanduser(rest))
         try:
-            if path.exists() and not (path.is_file() and self._may_replace(path)):
+            if path.exists():
                 raise ChatError(f"{path} is there already, and was not replaced: name another file.")
-            write_whole(path, self._messages())
+            replace_file(path, as_lines(self._messages())).close()
         except (OSError, ValueError) as error:
             raise ChatError(f"{shortened(rest)} could not be written: {reason(error)}. Name another file.") from error
-        self._terminal.note(f"{len(self._conversation.messages)} messages are in {path}.")
-
-    def _may_replace(self, path: Path) -> bool:
-        if not self._terminal.interactive:
-            return False
-        with self._interrupts.raised(), contextlib.suppress(EOFError):
-            return self._terminal.read_line(f"Replace {cleaned(str(path))}? [y/N] ").strip().lower() in ("y", "yes")
-        return False
+        self._screen.note(f"{len(self._conversation.messages)} messages are in {path}.")
 
     def _list_settings(self) -> None:
-        rows = [
-            (key, shown_value(getattr(self._settings, field.name)), self._settings.sources.get(field.name, "default"))
-            for key, field in OPTIONS.items()
-            if field.metadata["in_chat"]
-        ]
-        widths = [max(len(row[n]) for row in rows) for n in (0, 1)]
-        for key, value, source in rows:
-            self._terminal.write(f"{key:{widths[0]}}  {cleaned(value):{widths[1]}}  {source}\n")
-
-
-def shown_value(value: Any) -> str:
-    """A parameter's value as a config file would say it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value is None else str(value)
+        names = [name for name, about in OPTIONS.items() if about.scope is CHAT]
+        rows = [(name, shown_value(getattr(self._settings, name)), self._settings.sources.get(name)) for name in names]
+        widths = [max(len(str(row[n])) for row in rows) for n in (0, 1)]
+        for name, value, source in rows:
+            key = name.replace("_", "-")
+            self._screen.write(f"{key:{widths[0]}}  {cleaned(value):{widths[1]}}  {source or 'default'}\n")
 
 
 def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
-    """What `-p TEXT` sends: piped standard input goes before TEXT, and is all there is if TEXT is `-`."""
+    """Return the prompt that `-p TEXT` sends: piped standard input goes before TEXT, and is all if TEXT is `-`.
+
+    Raises `ChatError` if there is no text.
+    """
     if launched and text == "-":
         raise ChatError("mlx.launch never tells where standard input ends: give --prompt the text itself.")
     piped = "" if stdin.isatty() or launched else stdin.read().strip("\n")
@@ -2610,7 +2187,7 @@ def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
 
 
 def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message], str]:
-    """The session file, the turns in it, and a last prompt that is still without its reply.
+    """Return the session file, the turns in it, and a last prompt that is still without its reply.
 
     The system prompt comes from the file unless one was given. Raises `ChatError`.
     """
@@ -2625,108 +2202,96 @@ def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message],
     return session, messages, draft
 
 
-def welcome(settings: Settings, terminal: Terminal, hosts: Hosts, turns: int) -> None:
-    """Say that the model is there, to somebody who watches also how to go on, and how many turns the session has."""
-    terminal.write("Model loaded successfully!\n")
-    if terminal.watched:
-        among = f" on {hosts.size} hosts" if hosts.size > 1 else ""
-        leave = "quit or Ctrl+D leaves" if terminal.interactive else "quit leaves"
-        terminal.note(f"{Path(str(settings.model)).name}{among} · /help lists the commands · {leave}")
-    if turns:
-        terminal.note(f"Going on with {turns} turn{'s' * (turns > 1)} of {settings.session}.")
-
-
-def run(settings: Settings, terminal: Terminal, hosts: Hosts) -> None:
-    """Load the model, then chat or answer one prompt. Raises `ChatError`."""
-    try:
-        Path.cwd()
-    except OSError as error:
-        raise ChatError("The folder you are in is gone: change to another one.") from error
-    chatting = settings.prompt is None
-    prompt = one_shot_prompt(str(settings.prompt), sys.stdin, hosts.size > 1) if not chatting else ""
-    if chatting:
-        terminal.write(f"Loading model {cleaned(str(settings.model))}...\n")
-    session, messages, draft = open_session(settings)
-    if session and session.warning:
-        terminal.note(session.warning)
-    if draft and not (chatting and terminal.interactive):
-        terminal.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
-    with hosts.lead(settings):
-        conversation = Conversation(load_model(settings, hosts), settings, messages)
+def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts) -> int:
+    """Load the model, then chat or answer one prompt; return the exit status. Raises `ChatError`."""
+    prompt = None if settings.prompt is None else one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
+    talks = editor.interactive and prompt is None
     interrupts = Interrupts()
-    chat = Chat(conversation, terminal, settings, interrupts, session)
-    chat.draft = as_typed(draft)
-    try:
-        if not chatting:
-            chat.reply_once(prompt)
-            return
-        welcome(settings, terminal, hosts, len(messages) // 2)
-        if terminal.interactive:
-            signal.signal(signal.SIGINT, interrupts)
-        terminal.open_line_editor(completions)
-        chat.run()
-    finally:
-        conversation.close()
-        if session:
-            session.close()
+    if talks:
+        # Before the model loads: keys that are typed meanwhile wait for the prompt.
+        editor.open(completions, interrupts.press)
+    if prompt is None:
+        screen.write(f"Loading model {cleaned(str(settings.model))}...\n")
+    session, messages, draft = open_session(settings) if hosts.rank == 0 else (None, [], "")
+    settings.system, messages = hosts.share([settings.system, messages])
+    if draft and not talks:
+        screen.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
+    conversation = Conversation(load_model(settings, hosts), settings, messages)
+    chat = Chat(conversation, screen, editor, settings, session, interrupts)
+    if prompt is not None:
+        chat.say(prompt)
+        return int(chat.failed)
+    screen.write("Model loaded successfully!\n")
+    if screen.watched:
+        leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
+        screen.note(f"{Path(str(settings.model)).name} · /help lists the commands · {leave}")
+    if turns := len(messages) // 2:
+        screen.note(f"Going on with {turns} turn{'s' * (turns > 1)} of {settings.session}.")
+    if talks:
+        chat.draft = as_typed(draft)
+        signal.signal(signal.SIGINT, interrupts)
+    chat.run()
+    return int(chat.failed and not editor.interactive)
 
 
 def missing_model() -> ChatError:
-    """What to say where no model is named: how to, and which are there already."""
+    """Return the answer to a start without a model: the usage, and the models that are there already."""
     lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
     return ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
 
 
-def start(argv: Sequence[str] | None, terminal: Terminal, hosts: Hosts) -> int:
-    """Run with these arguments; return 0. Raises `ChatError`; argparse itself leaves for wrong usage."""
-    settings = read_settings(argv)
-    if settings.model is None:
-        raise missing_model()
-    run(settings, terminal, hosts)
-    return 0
-
-
-class Leave:
-    """Leaves on SIGTERM or SIGHUP; what is under way is cleaned up on the way out."""
+class EndingSignals:
+    """While entered, ends the program on signals but SIGINT by way of all that cleans up; then gives them back."""
 
     def __init__(self) -> None:
-        # The exit status, once there is one.
+        # The exit status, once a signal has come.
         self.status = 0
 
-    def __call__(self, signum: int, frame: object) -> NoReturn:
-        """Handle a signal."""
+    def __enter__(self) -> EndingSignals:
+        self._found = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+        for number in ENDING_SIGNALS[1:]:
+            # Under nohup, SIGHUP is to be ignored.
+            if self._found[number] is not signal.SIG_IGN:
+                signal.signal(number, self._leave)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._found.items():
+            signal.signal(number, handler)
+
+    def _leave(self, signum: int, frame: object) -> NoReturn:
         self.status = 128 + signum
         raise SystemExit(self.status)
 
 
-def leave_in_time() -> None:
-    """End this process soon after a signal, or after its launcher, even where it waits for another host.
-
-    Python handles a signal only between two of its own steps, and a step of the engine may never end then.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    launcher = os.getppid()
-
-    def watch() -> None:
-        number = signal.SIGHUP.value
-        while os.getppid() == launcher:
-            if select.select([reader], [], [], LEAVE_S)[0]:
-                number = os.read(reader, 1)[0]
-                break
-        # It may still leave by itself, and better.
-        time.sleep(LEAVE_S)
-        os._exit(128 + number)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def open_closed_streams() -> None:
-    """Stand in for standard streams that were closed, in the order in which they get their numbers back."""
+def open_streams() -> None:
+    """Stand in for standard streams that were closed, and have the others replace what they can't encode."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, mode))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def open_stage(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
+    """Give this process its screen and its line editor, and leave the terminal as it was found.
+
+    On other hosts than rank 0 nothing is seen.
+    """
+    out, err = (sys.stdout, sys.stderr) if hosts.rank == 0 else (open(os.devnull, "w"),) * 2
+    # mlx.launch sets COLUMNS for the processes that it starts if its own output is a terminal.
+    watched = (sys.stdin.isatty() and out.isatty()) or (hosts.size > 1 and "COLUMNS" in os.environ)
+    screen = Screen(out, err, watched)
+    history = PromptHistory(Path(os.path.expanduser("~")) / HISTORY_FILE) if hosts.rank == 0 else None
+    editor = LineEditor(sys.stdin, screen, history)
+    try:
+        yield screen, editor
+    finally:
+        with contextlib.suppress(OSError):
+            screen.end_reply()
+        editor.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2734,26 +2299,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.version_info < (3, 9):
         print("llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.", file=sys.stderr)
         return 1
-    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-    leave = Leave()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # Under nohup, SIGHUP is to be ignored.
-        if handlers[number] is not signal.SIG_IGN:
-            signal.signal(number, leave)
-    open_closed_streams()
-    terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, Path(os.path.expanduser("~")) / HISTORY_FILE)
-    hosts = Hosts()
+    open_streams()
+    hosts, signals, complaint = Hosts(), EndingSignals(), ""
     try:
-        hosts = join_hosts()
-        if hosts.size > 1:
-            leave_in_time()
-            terminal.read_from_launcher(hosts.meet)
-        status = start(argv, terminal, hosts) if hosts.rank == 0 else follow(hosts)
+        with signals:
+            hosts = join_hosts()
+            settings = Settings(**hosts.share(vars(read_settings(argv)) if hosts.rank == 0 else None))
+            with open_stage(hosts) as (screen, editor):
+                return run(settings, screen, editor, hosts)
     except ChatError as error:
-        if str(error) and not leave.status:
-            terminal.error(hosts.in_turn(str(error)))
-        # An import that a signal breaks off may say so with an error of its own.
-        status = leave.status or error.status
+        complaint, status = str(error), error.status
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except SystemExit as error:
@@ -2762,16 +2317,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # Python's own flush at exit must not fail once more on a standard output that is gone, or full.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 1
-        if status == 1:
-            terminal.error(f"The session can't be read or written any more: {one_line(error)}.")
-    finally:
-        terminal.close()
-        for number, handler in handlers.items():
-            # A launcher ends all hosts once one has ended; by now this one has a status, and little left to do.
-            signal.signal(number, handler if hosts.size == 1 else lambda *_: None)
-    hosts.dismiss(status)
-    return status
+        status, complaint = 1, f"Standard input or output can't be used any more: {reason(error)}."
+        if isinstance(error, BrokenPipeError):
+            status, complaint = 128 + signal.SIGPIPE, ""
+    # An import that a signal breaks off may say so with an error of its own.
+    if complaint and not signals.status:
+        if hosts.rank:
+            # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
+            time.sleep(0.5)
+            complaint = f"On {os.uname().nodename}: {complaint}"
+        Screen(sys.stdout, sys.stderr, watched=False).error(complaint)
+    return signals.status or status
 
 
 if __name__ == "__main__":
