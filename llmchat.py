@@ -150,6 +150,11 @@ def switch(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
 
 
+def effort(text: str) -> bool | str:
+    """Parse a yes or no, or how much to think."""
+    return text if text in ("low", "medium", "high") else switch(text)
+
+
 def shown_value(value: Any) -> str:
     """Return a parameter's value as a config file would say it."""
     if isinstance(value, bool):
@@ -187,7 +192,7 @@ class Settings:
         None, str, "TEXT", "print the reply to TEXT and leave; piped input goes before it, - is that alone", FLAG, "-p"
     )
     system: str | None = option(None, str, "TEXT", "the system prompt")
-    max_tokens: int = option(512, number(int, 1), "N", "the longest reply, in tokens")
+    max_tokens: int = option(512, number(int, 1), "N", "the longest answer, in tokens")
     temperature: float = option(0.7, number(float, 0, 10), "T", "how freely words are chosen; 0 takes the likeliest")
     top_p: float = option(0.9, number(float, 0, 1), "P", "choose among the likeliest with this total; 0 or 1 is off")
     top_k: int = option(0, number(int, 0), "K", "choose among the K likeliest tokens; 0 is off")
@@ -197,7 +202,8 @@ class Settings:
     )
     seed: int | None = option(None, number(int, 0, 2**32 - 1), "N", "make replies repeatable")
     history: bool = option(True, switch, None, "send the turns before a prompt with it", FILE)
-    think: bool | None = option(None, switch, None, "have a reasoning model think or not, whatever its template does")
+    think: bool | str | None = option(None, effort, "low|medium|high", "have a reasoning model think, and how much")
+    max_thought_tokens: int = option(8192, number(int, 0), "N", "the longest thought, in tokens; 0 is no limit")
     hide_thoughts: bool = option(False, switch, None, "show that a reasoning model thinks, not what")
     stats: bool = option(False, switch, None, "show time, tokens and cache use after each reply")
     session: str | None = option(None, str, "FILE", "go on with the conversation in FILE, and keep it there", FLAG)
@@ -221,6 +227,10 @@ class Settings:
             raise argparse.ArgumentTypeError(f"can only be given {OPTIONS[name].scope}")
         if not text:
             raise argparse.ArgumentTypeError("needs a value")
+        if text == "default":
+            setattr(self, name, getattr(Settings(), name))
+            self.sources.pop(name, None)
+            return name
         value = OPTIONS[name].parse(text)
         setattr(self, name, not value if negated else value)
         self.sources[name] = source
@@ -259,7 +269,7 @@ OPTIONS: dict[str, Option] = {
 
 # The field that each key sets, and whether the key turns a switch round.
 KEYS = {name.replace("_", "-"): (name, False) for name in OPTIONS}
-KEYS.update({f"no-{key}": (name, True) for key, (name, _) in KEYS.items() if OPTIONS[name].parse is switch})
+KEYS.update({f"no-{key}": (name, True) for key, (name, _) in KEYS.items() if OPTIONS[name].parse in (switch, effort)})
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -274,8 +284,11 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     for key, (name, negated) in KEYS.items():
         about = OPTIONS[name]
+        if negated and about.parse is effort:
+            parser.add_argument(f"--{key}", dest=name, action="store_false", help="have it not think")
+            continue
         flags = [*about.flags, key if name == "model" else f"--{key}"]
-        if about.parse is not switch:
+        if about.parse is not switch and not negated:
             nargs = "?" if name == "model" else None
             parser.add_argument(*flags, type=about.parse, nargs=nargs, metavar=about.metavar, help=about.help)
         elif not negated:
@@ -284,12 +297,20 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_flags(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags that were given. For wrong ones argparse leaves with 2."""
+    words = [*(sys.argv[1:] if argv is None else argv), ""]
+    # How much to think is optional, and the model may follow.
+    plain = [n for n, word in enumerate(words) if word == "--think" and words[n + 1] not in ("low", "medium", "high")]
+    return vars(argument_parser().parse_args([word + "=true" * (n in plain) for n, word in enumerate(words)][:-1]))
+
+
 def read_settings(argv: Sequence[str] | None) -> Settings:
     """Read the defaults, then the config files of the home and the working folder, then the flags.
 
     Raises `ChatError` for a wrong config file; argparse itself leaves with 2 for wrong flags.
     """
-    flags = vars(argument_parser().parse_args(argv))
+    flags = read_flags(argv)
     settings = Settings()
     for path in (Path(os.path.expanduser("~")) / CONFIG_FILE, Path(CONFIG_FILE)):
         settings.read(path)
@@ -495,10 +516,20 @@ class Model:
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
     @property
+    def _function(self) -> Any:
+        # A template that mlx-lm brings along, for models whose authors give none.
+        return getattr(self.tokenizer, "_chat_template", None)
+
+    @property
     def template(self) -> str:
-        """The chat template's source, or the source of the function that mlx-lm brings in its place."""
-        function = getattr(self.tokenizer, "_chat_template", None)
-        return inspect.getsource(function) if function else str(self.tokenizer.chat_template)
+        """The chat template's source."""
+        module = inspect.getmodule(self._function) if self._function else None
+        return inspect.getsource(module) if module else str(self.tokenizer.chat_template)
+
+    def reads(self, variable: str) -> bool:
+        """Tell if the chat template reads a variable."""
+        # mlx-lm tells a function one thing.
+        return variable == "enable_thinking" if self._function else bool(re.search(rf"\b{variable}\b", self.template))
 
     def render(self, messages: Sequence[dict[str, Any]], prompted: bool = True, **variables: Any) -> str:
         """Return the chat template's text for `messages`, if prompted up to where the reply starts.
@@ -507,8 +538,7 @@ class Model:
         """
         # mlx-lm's wrapper tells every template to think; a user who said nothing gets the template's own
         # default, so the tokenizer inside is asked, unless mlx-lm brings the template along as a function.
-        wrapped = getattr(self.tokenizer, "_chat_template", None) is not None
-        tokenizer = self.tokenizer if wrapped else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+        tokenizer = self.tokenizer if self._function else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted, **variables)
         except Exception as error:
@@ -917,132 +947,306 @@ class PromptCache:
 
 
 class Piece(NamedTuple):
-    """A streamed unit of a reply: `answer` or `thought`, or a `notice` that is none of the model's words."""
+    """A streamed unit of a reply: `answer` or `thought`, or else `reading` or a `notice`, none of the model's words."""
 
     kind: str
     text: str
 
 
-# The kinds of a reply's text before its first marker or word, and between two channels.
-START, HIDDEN = "start", "hidden"
+# The kinds of a reply's text that are never shown: before its first mark or word, between thought and answer, beyond.
+START, BETWEEN, HIDDEN = "start", "between", "hidden"
+
+# Contents in blocks, by the type of block that a template reads (Ministral's, Apertus').
+BLOCKS: dict[str, Callable[[str, str], Any]] = {
+    "thinking blocks": lambda thought, answer: [
+        *([{"type": "thinking", "thinking": thought}] if thought else []),
+        {"type": "text", "text": answer},
+    ],
+    "thoughts blocks": lambda thought, answer: {
+        "blocks": [
+            *([{"type": "thoughts", "text": thought}] if thought else []),
+            {"type": "response", "text": answer},
+        ]
+    },
+}
+
+
+def in_place(place: str, thought: str, answer: str) -> dict[str, Any]:
+    """Return a reply as a message for a template that takes a thought in a place: a field, or blocks of the content."""
+    if place in BLOCKS:
+        return {"content": BLOCKS[place](thought, answer)}
+    return {"content": answer, **({place: thought} if thought else {})}
 
 
 class ThoughtFormat(NamedTuple):
-    """The markers of a model's thoughts: those that count in each kind of text, and the kind that each begins."""
+    """The marks around a thought and an answer, and the place where the template takes a thought back.
 
-    markers: dict[str, dict[str, str]]
-    start: str
-    end: str
+    A reply is `start` thought `end` answer `tail`, or `lead` answer `tail`; without a `start` it just begins with the
+    thought. The place is a field of the message, a key of `BLOCKS`, `content`, or none: old thoughts are left out.
+    """
 
-    def opened_by(self, prompt: str) -> str:
-        """Return the thought marker with which the template has already started the reply, or nothing."""
-        tail = prompt[prompt.rfind(self.start) :] if self.start and self.start in prompt else ""
-        return tail if tail.strip() == self.start else ""
+    start: str = ""
+    end: str = ""
+    lead: str = ""
+    tail: str = ""
+    place: str = ""
+
+    @property
+    def closing(self) -> str:
+        """The text that ends a thought and begins the answer."""
+        return self.end + self.lead * (self.lead.strip() not in self.end)
+
+    def marks(self) -> dict[str, dict[str, str]]:
+        """Return the marks that count in each kind of text, without blanks around, and the kind that each begins."""
+        kinds = {
+            START: {self.start: "thought", self.end: BETWEEN, self.lead: "answer"},
+            "thought": {self.start: "thought", self.end: BETWEEN},
+            BETWEEN: {self.lead: "answer"},
+            "answer": {self.tail: HIDDEN},
+        }
+        return {kind: {m.strip(): then for m, then in marks.items() if m.strip()} for kind, marks in kinds.items()}
+
+    def begun(self, header: str) -> str:
+        """Return the part of a reply that a prompt says already: its `header` is all after the user's words."""
+        places = [header.rfind(mark.strip()) for mark in (self.start, self.end) if mark.strip()]
+        return next((header[place:] for place in places if place >= 0), "")
+
+    def as_template_takes(self, message: Message, said: str) -> dict[str, Any]:
+        """Return a message in the form in which the template takes it; `said` is the reply in the model's own words."""
+        answer, thought = message["content"], message.get("reasoning_content", "")
+        if message["role"] != "assistant":
+            return {"role": message["role"], "content": answer}
+        if self.place == "content" and thought:
+            answer = said or self.start + thought + self.closing + answer
+        kept = "" if self.place in ("", "content") else thought
+        return {"role": "assistant", **in_place(self.place, kept, answer)}
+
+    def said(self, message: Message, begun: str) -> str:
+        """Return a reply as the model said it, after what the prompt had `begun` of it."""
+        answer, thought = message["content"], message.get("reasoning_content", "")
+        if not thought:
+            return self.lead * (not begun) + answer
+        return self.start * (not begun) + thought + (self.closing + answer if answer else "")
+
+    def parted(self, message: Message) -> Message:
+        """Return a message with its thought apart, where an older session has it in the content, between its marks."""
+        for format in (self, self._replace(start="<think>", end="</think>")):
+            if message["role"] == "assistant" and "reasoning_content" not in message:
+                splitter = ThoughtSplitter(format)
+                for _ in (*splitter.feed(message["content"]), *splitter.finish()):
+                    pass
+                message = {**message, **splitter.said()}
+        return message
 
 
-# OpenAI's harmony format (gpt-oss): a message of each channel, whose marks are special tokens.
-HARMONY_CHANNELS = {
-    "<|channel|>analysis<|message|>": "thought",
-    "<|channel|>commentary<|message|>": "answer",
-    "<|channel|>final<|message|>": "answer",
-    "<|end|>": HIDDEN,
-    "<|start|>assistant": HIDDEN,
-}
-HARMONY = ThoughtFormat(dict.fromkeys((START, "thought", "answer", HIDDEN), HARMONY_CHANNELS), "", "")
-NO_THOUGHTS = ThoughtFormat({}, "", "")
-
-# Markers that not every mlx-lm looks for, of Magistral, Seed-OSS and Gemma 4, and a token that gives each away.
-OTHER_THINK_MARKERS = (
-    ("[THINK]", "[/THINK]", "[THINK]"),
-    ("<seed:think>", "</seed:think>", "<seed:think>"),
-    ("<|channel>thought", "<channel|>", "<|channel>"),
-)
+# The variables that templates read of how to think: switches, degrees, and a number of tokens.
+SWITCHES, DEGREES, BUDGET = ("enable_thinking", "thinking"), ("reasoning_effort", "thinking_effort"), "thinking_budget"
+BUDGETS = {"none": 0, "minimal": 0, "low": 512, "medium": 4096, "high": 16384}
 
 
-def thought_format(tokenizer: Any) -> ThoughtFormat:
-    """Return the markers that a tokenizer knows; they are looked up one by one, as a whole vocabulary takes long."""
+def think_variables(model: Model, think: bool | str | None) -> dict[str, Any]:
+    """Return the variables that ask a template for a way to think: on, off, a degree, or None for its own default."""
+    if think is None:
+        return {}
+    asked: dict[str, Any] = dict.fromkeys(SWITCHES, think is not False)
+    # Off is the least degree that the template knows by name.
+    least = next((word for word in BUDGETS if re.search(rf"""['"]{word}['"]""", model.template)), "low")
+    degree = think if isinstance(think, str) else least if think is False else None
+    if degree:
+        asked.update(dict.fromkeys(DEGREES, degree), **{BUDGET: BUDGETS[degree] if think else 0})
+    return {name: value for name, value in asked.items() if model.reads(name)}
 
-    def known(token: str) -> bool:
-        return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
 
-    if known("<|channel|>") and known("<|message|>"):
-        return HARMONY
-    own = [(tokenizer.think_start, tokenizer.think_end)] if tokenizer.has_thinking else []
-    for start, end in [*own, *((start, end) for start, end, token in OTHER_THINK_MARKERS if known(token))]:
-        # A thought can only start a reply: in an answer the same letters are just text.
-        return ThoughtFormat({START: {start: "thought"}, "thought": {start: "thought", end: "answer"}}, start, end)
-    return NO_THOUGHTS
+# Made-up words, by which a rendering tells where a template puts what.
+EARLIER, ASKED, THOUGHT, ANSWER = "hazelcatkin", "quincewort", "thistledown", "walnutshell"
+
+# The names of thoughts in fields and marks, the marks of an answer, and all that looks like a mark.
+OF_THOUGHTS = re.compile("think|thought|reason", re.IGNORECASE)
+OF_ANSWERS = re.compile(r"\W*(BEGIN.|START_)?(FINAL.)?(response|answer)\W*", re.IGNORECASE)
+MARK = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z _]{1,40}\]")
+
+
+def closing_twins(mark: str) -> set[str]:
+    """Return the marks that may close what a mark opens."""
+    renamed = {mark.replace("START", "END"), mark.replace("BEGIN", "END"), mark.replace("prefix", "suffix")}
+    return {mark[0] + "/" + mark[1:], re.sub(r"^<\|(.*[^|])>$", r"<\1|>", mark), *renamed} - {mark}
+
+
+class ThoughtFinder:
+    """Finds how a model marks its thoughts by rendering its template with made-up words; it knows no model by name."""
+
+    def __init__(self, model: Model) -> None:
+        tokenizer = model.tokenizer
+        self._model, self._template = model, model.template
+        self._pair = (str(tokenizer.think_start), str(tokenizer.think_end)) if tokenizer.has_thinking else ("", "")
+        self._vocabulary = " ".join([*tokenizer.get_added_vocab(), *self._pair])
+        self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
+        self._switches: list[dict[str, bool]] = [{}]
+        self._prompts: list[str] = []
+
+    def find(self) -> ThoughtFormat:
+        """Return the format; it is empty for a model that doesn't think."""
+        if not OF_THOUGHTS.search(self._template + self._vocabulary):
+            return ThoughtFormat()
+        self._switches += [{name: on} for name in SWITCHES if self._model.reads(name) for on in (True, False)]
+        for switches in self._switches:
+            with contextlib.suppress(ChatError):
+                self._prompts.append(self._model.render(self._before({"content": EARLIER}), **switches))
+        before, _, after = self._probe("", "", ANSWER).partition(ANSWER)
+        tails = [after.partition(end)[0] for end in self._ends if end in after]
+        found = self._by_message() or self._by_content() or self._by_name()
+        lead = before[self._header(before) :]
+        if any(mark.strip() and mark.strip() in lead for mark in (found.start, found.end)):
+            lead = ""
+        return found._replace(lead=found.lead or lead, tail=found.tail or min(tails, key=len, default=""))
+
+    @staticmethod
+    def _before(earlier: dict[str, Any]) -> list[dict[str, Any]]:
+        # Some templates treat the first reply unlike later ones.
+        user = {"role": "user", "content": EARLIER}
+        return [user, {"role": "assistant", **earlier}, {**user, "content": ASKED}]
+
+    def _probe(self, place: str, thought: str, answer: str, *after: dict[str, Any], **switches: Any) -> str:
+        """Render a conversation with this reply; a template that can't has nothing to tell."""
+        reply = {"role": "assistant", **in_place(place, thought, answer)}
+        with contextlib.suppress(ChatError):
+            messages = [*self._before(in_place(place, "", EARLIER)), reply, *after]
+            return self._model.render(messages, prompted=False, **switches)
+        return ""
+
+    def _header(self, text: str) -> int:
+        """Return the length of a rendering up to where the reply begins."""
+        plain = self._probe("", "", ANSWER, {"role": "user", "content": ASKED})
+        shared = [common_prefix(text, other) for other in (plain, *self._prompts)]
+        # A switch may have put something behind the prompt, and two marks may begin alike.
+        length = min((n for n in shared if n > text.find(ASKED) + len(ASKED)), default=len(text))
+        return len(text[:length].rstrip("<[|"))
+
+    def _by_message(self) -> ThoughtFormat | None:
+        """Look for a field of the message, or blocks of its content, that come out before the answer."""
+        names = sorted({*filter(OF_THOUGHTS.search, re.findall(r"\w+", self._template))}, key=lambda n: (-len(n), n))
+        places = [*names, *(place for place in BLOCKS if place.split()[0] in names)]
+        for place, switches in itertools.product(places, self._switches):
+            before, _, rest = self._probe(place, THOUGHT, ANSWER, **switches).partition(THOUGHT)
+            end, answered, _ = rest.partition(ANSWER)
+            # Not merely printed as it is, as part of a list.
+            if answered and end.strip() and "'type'" not in before and '"type"' not in before:
+                opening = self._opening(end)
+                start = before.rfind(opening) if opening and opening in before else self._header(before)
+                return ThoughtFormat(before[start:], end, place=place)
+        return None
+
+    def _by_content(self) -> ThoughtFormat | None:
+        """Look for a mark at which the template cuts a thought off the content of an old reply, or keeps it there."""
+        asked = {"role": "user", "content": ASKED}
+        constants = " ".join(constant for _, constant in re.findall(r"""(['"])(.{3,60}?)\1""", self._template))
+        for mark in dict.fromkeys(MARK.findall(constants)):
+            start, end = self._with_blanks(self._opening(mark), mark)
+            if not (OF_THOUGHTS.search(start) or OF_ANSWERS.fullmatch(mark)):
+                continue
+            said = start + THOUGHT + end + ANSWER
+            text = self._probe("", "", said, asked, {"role": "assistant", "content": ""}, asked)
+            cut = ANSWER in text and THOUGHT not in text
+            kept = said in text and any(prompt.endswith(end) for prompt in self._prompts)
+            if cut or kept:
+                return ThoughtFormat(start, end, place="content")
+        return None
+
+    def _by_name(self) -> ThoughtFormat:
+        """Look for pairs of marks with telling names in the prompts, the template, and the vocabulary."""
+        prompts = "".join(self._prompts)
+        for text in (prompts, self._template, self._vocabulary):
+            marks = sorted({*MARK.findall(text)}, key=text.find)
+            pairs = [(mark, end) for mark in marks for end in closing_twins(mark) if end in text]
+            thoughts = [pair for pair in pairs if OF_THOUGHTS.search(pair[0])]
+            answers = [pair for pair in pairs if OF_ANSWERS.fullmatch(pair[0])]
+            lead, tail = answers[0] if answers else ("", "")
+            if thoughts:
+                return ThoughtFormat(*self._with_blanks(*thoughts[0]), lead, tail)
+            if answers and text is prompts:
+                return ThoughtFormat("", lead, "", tail)
+        return ThoughtFormat(*self._with_blanks(*self._pair)) if self._pair[1] else ThoughtFormat()
+
+    def _opening(self, end: str) -> str:
+        """Return the mark that opens what this one closes, if a prompt, the template or the vocabulary knows one."""
+        end = end.strip()
+        text = " ".join([*self._prompts, self._template, self._vocabulary])
+        opening = next((mark for mark in MARK.findall(text) if end in closing_twins(mark)), "")
+        for prompt in map(str.rstrip, self._prompts):
+            if opening and prompt.endswith(end) and opening in prompt:
+                # An empty thought tells what else belongs to the mark.
+                return prompt[prompt.rfind(opening) : -len(end)].strip()
+        return opening or (end.replace("/", "", 1) if end[1:2] == "/" else "")
+
+    def _with_blanks(self, start: str, end: str) -> tuple[str, str]:
+        """Return two marks with the blanks that belong to them, as an empty or an opened thought in a prompt tells."""
+        opened = any(prompt.endswith(f"{start}\n") for prompt in self._prompts)
+        for prompt in self._prompts:
+            closed = re.search(rf"(?:{re.escape(start)}(\s*))?{re.escape(end)}(\s*)$", prompt)
+            if closed and not opened:
+                within, half = closed[1] or "", len(closed[1] or "") // 2
+                return start + within[half:], within[:half] + end + closed[2]
+        return (f"{start}\n", f"\n{end}\n\n") if opened or end[:2] == "</" else (start, end)
 
 
 class ThoughtSplitter:
-    """Tells thoughts from the answer in streamed text; a marker may be split over pieces."""
+    """Tells thoughts from the answer in streamed text; a mark may be split over pieces."""
 
-    def __init__(self, format: ThoughtFormat, opened: bool = False) -> None:
-        self._format = format
-        self._kind = "thought" if opened else START
+    def __init__(self, format: ThoughtFormat, begun: str = "") -> None:
+        """`begun` is what the prompt has said already of the reply."""
+        self._marks = format.marks()
+        self._thinks = bool(format.end)
+        self._unmarked = "thought" if self._thinks and not format.start else "answer"
+        # The kind of text that comes next, and all that came of the kinds that are shown.
+        self.kind = START
+        self._texts = {"thought": "", "answer": ""}
         self._held = ""
+        for _ in self.feed(begun):
+            self._texts = {"thought": "", "answer": ""}
 
     def feed(self, text: str) -> Iterator[Piece]:
         """Yield what is certain of all the text so far."""
         self._held += text
         while True:
-            markers = self._format.markers.get(self._kind, {})
-            place, marker = min(((self._held.find(m), m) for m in markers if m in self._held), default=(0, ""))
-            if not marker:
+            kind, marks = self.kind, self._marks.get(self.kind, {})
+            place, mark = min(((self._held.find(mark), mark) for mark in marks if mark in self._held), default=(0, ""))
+            if not mark:
                 break
             yield from self._take(place)
-            # Words before the marker may have begun the answer, in which it is no marker any more.
-            if marker in self._format.markers.get(self._kind, {}):
-                self._held = self._held[len(marker) :]
-                self._kind = markers[marker]
-        yield from self._take(len(self._held) - self._partial_marker_length())
+            # Words before the mark may have begun the answer, in which it is no mark any more.
+            if self.kind == kind:
+                self._held = self._held[len(mark) :]
+                self.kind = marks[mark]
+        yield from self._take(len(self._held) - self._partial_mark_length())
 
     def finish(self) -> Iterator[Piece]:
-        """Yield what was held back, at the end of a reply; the beginning of a channel mark is no text."""
+        """Yield what was held back, at the end of a reply; the beginning of a special token is no text."""
         yield from self._take(0 if self._held.startswith("<|") else len(self._held))
 
-    def _partial_marker_length(self) -> int:
-        # How much of the end may be the beginning of a marker.
-        markers = self._format.markers.get(self._kind, {})
-        longest = min(max(map(len, markers), default=1) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if any(m.startswith(self._held[-n:]) for m in markers)), 0)
+    def said(self) -> Message:
+        """Return the answer, and the thought if there is one, as a message has them."""
+        thought, answer = self._texts["thought"].strip(), self._texts["answer"]
+        # Blanks before a mark belong to it.
+        content = {"content": answer.rstrip() if self.kind == HIDDEN else answer}
+        return {**content, "reasoning_content": thought} if thought else content
+
+    def _partial_mark_length(self) -> int:
+        # How much of the end may be the beginning of a mark.
+        marks = self._marks.get(self.kind, {})
+        longest = min(max(map(len, marks), default=1) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if any(m.startswith(self._held[-n:]) for m in marks)), 0)
 
     def _take(self, length: int) -> Iterator[Piece]:
         text, self._held = self._held[:length], self._held[length:]
-        if self._kind == START and text.strip():
-            self._kind = "answer"
-        if text and self._kind != HIDDEN:
-            yield Piece("thought" if self._kind == "thought" else "answer", text)
-
-
-def split_thought(text: str, format: ThoughtFormat) -> tuple[str, str]:
-    """Return the thought and the answer in a whole reply."""
-    splitter = ThoughtSplitter(format)
-    pieces = [*splitter.feed(text), *splitter.finish()]
-    thought, answer = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("thought", "answer"))
-    return thought, answer
-
-
-def as_template_expects(message: Message, format: ThoughtFormat, template: str) -> Message:
-    """Return a message in the form in which its model's own template can leave old thoughts out.
-
-    Replies are kept as the model said them. gpt-oss's template refuses channel marks and takes the parts
-    apart. Other templates know what to do with a thought if they name its end; those that don't are given
-    the answer alone. A thought that was stopped is closed, or the template would take it for an answer.
-    """
-    text = message["content"]
-    if message["role"] != "assistant" or not format.markers:
-        return message
-    thought, answer = split_thought(text, format)
-    if format is HARMONY:
-        # A mark in a place of its own would make the template refuse every later turn.
-        thought, answer = (re.sub(r"<\|\w+\|>", "", part) for part in (thought, answer))
-        return {**message, "content": answer, **({"thinking": thought} if thought else {})}
-    if not thought:
-        return message
-    if format.end in template:
-        return message if format.end in text else {**message, "content": text + format.end}
-    return {**message, "content": answer.lstrip("\n")}
+        if self.kind in (START, BETWEEN) and self._thinks:
+            # Newlines around the marks belong to them.
+            text = text.lstrip("\n") if self.kind == BETWEEN else text.lstrip()
+        if self.kind in (START, BETWEEN) and text.strip():
+            self.kind = self._unmarked if self.kind == START else "answer"
+        if text and self.kind != HIDDEN:
+            kind = "thought" if self.kind == "thought" else "answer"
+            self._texts[kind] += text
+            yield Piece(kind, text)
 
 
 # ---------------------------------------------------------------------------------- Conversation
@@ -1060,6 +1264,7 @@ class Statistics:
     cached_tokens: int
     context_length: int | None
     generation_tokens: int = 0
+    answer_tokens: int = 0
     time_to_first_token_s: float = 0.0
     seconds: float = 0.0
     finish_reason: str | None = None
@@ -1088,9 +1293,8 @@ class Reply:
     first: int
     responses: Generator[Any, None, None]
     splitter: ThoughtSplitter
-    # The thought marker with which the template began the reply, and all that the model said after it.
-    opened: str
-    said: str = ""
+    # All of it as the model said it, after what the prompt had said already.
+    said: str
 
 
 class Conversation:
@@ -1104,12 +1308,14 @@ class Conversation:
     def __init__(self, model: Model, settings: Settings, messages: Sequence[Message] = ()) -> None:
         self._model = model
         self._settings = settings
-        self._format = thought_format(model.tokenizer)
+        self._format = ThoughtFinder(model).find()
         self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
         self._live: Reply | None = None
         # Messages before this one are not sent: they no longer fit.
         self._first = 0
-        self.messages = list(messages)
+        self.messages = list(map(self._format.parted, messages))
+        # Replies as the model said them, marks and all, by answer and thought.
+        self._said: dict[tuple[str, str | None], str] = {}
         self.statistics: Statistics | None = None
         self.seed(settings.seed)
 
@@ -1140,15 +1346,48 @@ class Conversation:
         *before, prompt, _ = self.messages
         return self._turn(before, prompt["content"])
 
-    def resume(self) -> Generator[Piece, None, None]:
-        """Go on with a reply that was cut or stopped, from the live state: nothing is computed again."""
-        live, held, limit = self._live, len(self._cache.tokens), self._model.context_length
-        if live is None:
-            raise ChatError("There is nothing to continue: the last reply is complete.")
+    def resume(self, answer: bool = False) -> Generator[Piece, None, None]:
+        """Go on with a reply that was cut or stopped, from the live state: nothing is computed again.
+
+        With `answer` its thought is closed first. Raises `ChatError` where there is nothing to go on with.
+        """
+        started, limit = time.perf_counter(), self._model.context_length
+        if not self.messages or "finish_reason" not in self.messages[-1]:
+            raise ChatError(f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}.")
+        live = self._live or (yield from self._revive())
+        if answer and live.splitter.kind != "thought":
+            raise ChatError("There is no thought to close: /continue goes on with the answer.")
+        held = len(self._cache.tokens)
         if limit and held >= limit:
             raise ChatError(f"The reply can't go on: the model's {limit} tokens are full. /clear starts over.")
-        self.statistics = Statistics(held, held, limit)
-        return self._speak(live, time.perf_counter())
+        if self._live:
+            self.statistics = Statistics(held, held, limit)
+        if answer:
+            self._close_thought(live)
+        yield from self._speak(live, started)
+
+    def _revive(self) -> Generator[Piece, None, Reply]:
+        """Compute the state of a reply of an earlier day, up to where it was cut or stopped."""
+        *before, reply = self.messages
+        first, text, tokens = self._fit(before, min(self._first, len(before) - 1))
+        begun = self._begun(text, before[first:])
+        said = self._format.said(reply, begun)
+        splitter = ThoughtSplitter(self._format, begun + said)
+        tokens = self._model.hosts.share(tokens + self._model.encode(said))
+        yield from self._prefill(tokens, 0)
+        return Reply(before, first, self._stream(tokens), splitter, begun + said)
+
+    def _close_thought(self, live: Reply) -> None:
+        """Have the model hear that it has thought enough, and begin the answer; only the mark is computed."""
+        live.responses.close()
+        for _ in live.splitter.feed(self._format.closing):
+            pass
+        live.said += self._format.closing
+        tokens = self._cache.tokens + self._model.encode(self._format.closing)
+        self._cache.rewind(tokens)
+        for _ in self._cache.prefill(tokens, 0):
+            pass
+        live.responses = self._stream(tokens)
 
     def undo(self) -> str:
         """Take the last turn back; return its prompt."""
@@ -1170,16 +1409,44 @@ class Conversation:
             self._live.responses.close()
             self._live = None
 
-    def _render(self, messages: list[Message]) -> tuple[str, list[int]]:
-        template = str(self._model.tokenizer.chat_template)
-        expected = [as_template_expects(message, self._format, template) for message in messages]
-        think = {} if self._settings.think is None else {"enable_thinking": self._settings.think}
-        text = self._model.render(self._settings.with_system(expected), **think)
-        return text, self._model.encode(text)
+    def _render(self, messages: list[Message], prompted: bool = True) -> str:
+        taken = [
+            self._format.as_template_takes(message, self._said.get(self._key(message), ""))
+            for message in self._settings.with_system(messages)
+        ]
+        return self._model.render(taken, prompted, **think_variables(self._model, self._settings.think))
+
+    @staticmethod
+    def _key(message: Message) -> tuple[str, str | None]:
+        return message["content"], message.get("reasoning_content")
+
+    def _begun(self, text: str, messages: list[Message]) -> str:
+        """Return the part of the reply that a prompt has said already: it may have opened, or closed, a thought."""
+        if not self._format.end:
+            return ""
+        return self._format.begun(text[common_prefix(text, self._render(messages, prompted=False)) :])
+
+    def doubt(self) -> str:
+        """Return a sentence on what the template can't do of the way to think that was asked for, or nothing."""
+        think, model = self._settings.think, self._model
+        if think is None:
+            return ""
+        if not self._format.end:
+            return f"{model.name} is no reasoning model: there is nothing to think, or not."
+        asked, ways = (
+            [{"role": "user", "content": ASKED}],
+            (think, "high" if think == "low" else think is not True and "low"),
+        )
+        # The same prompt for another way to think tells that the template does not know the difference.
+        if think is True or len({model.render(asked, **think_variables(model, way)) for way in ways}) > 1:
+            return ""
+        what = "thinking can't be switched off" if think is False else "there are no degrees of thinking"
+        return f"In the chat template of {model.name} {what}."
 
     def _fit(self, messages: list[Message], first: int) -> tuple[int, str, list[int]]:
         """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits."""
-        text, tokens = self._render(messages[first:])
+        text = self._render(messages[first:])
+        tokens = self._model.encode(text)
         limit = self._model.context_length
         room = min(self._settings.max_tokens, limit // 4) if limit else 0
         if limit is None or len(tokens) + room <= limit:
@@ -1187,7 +1454,8 @@ class Conversation:
         # Leaving out turns moves all the others, so they are computed again: do it seldom, a quarter at a time.
         while len(tokens) + room > limit * 3 // 4 and first < len(messages) - 1:
             first += 2
-            text, tokens = self._render(messages[first:])
+            text = self._render(messages[first:])
+            tokens = self._model.encode(text)
         if len(tokens) + room > limit:
             raise ChatError(
                 f"The prompt is too long: {len(tokens)} tokens, with {room} kept for the reply, where"
@@ -1201,7 +1469,7 @@ class Conversation:
         That leaves out, for example, a thought that the template opened and will not repeat.
         """
         made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-        return common_prefix(tokens, self._render([*messages, *made_up])[1])
+        return common_prefix(tokens, self._model.encode(self._render([*messages, *made_up])))
 
     def _sampling(self) -> dict[str, Any]:
         """Return the choice of the next tokens as mlx-lm's `stream_generate` takes it."""
@@ -1237,37 +1505,46 @@ class Conversation:
         self._drop_live()
         # A clock or a date in the template may be different elsewhere.
         tokens = self._model.hosts.share(tokens)
-        self.statistics = Statistics(len(tokens), self._cache.rewind(tokens), limit)
         shared = 0 if self._cache.can_trim else self._shared_with_next_turn(messages[fitting:], tokens)
-        for done in self._cache.prefill(tokens, shared):
-            yield Piece("reading", f"{done} of {len(tokens)} tokens")
-        opened = self._format.opened_by(text)
-        responses = self._cache.stream(self._model.tokenizer, tokens, **self._sampling())
-        splitter = ThoughtSplitter(self._format, bool(opened))
+        yield from self._prefill(tokens, shared)
+        begun = self._begun(text, messages[fitting:])
         # Turns that --no-history leaves out are left out of this turn only.
         later = fitting if self._settings.history else min(self._first, len(before))
-        yield from self._speak(Reply(messages, later, responses, splitter, opened), started)
+        splitter = ThoughtSplitter(self._format, begun)
+        yield from self._speak(Reply(messages, later, self._stream(tokens), splitter, begun), started)
+
+    def _prefill(self, tokens: list[int], shared: int) -> Iterator[Piece]:
+        self.statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
+        for done in self._cache.prefill(tokens, shared):
+            yield Piece("reading", f"{done} of {len(tokens)} tokens")
+
+    def _stream(self, tokens: list[int]) -> Generator[Any, None, None]:
+        return self._cache.stream(self._model.tokenizer, tokens, **self._sampling())
 
     def _speak(self, live: Reply, started: float) -> Generator[Piece, None, None]:
         """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
-        statistics, limit = self.statistics, self._model.context_length
+        statistics, splitter = self.statistics, live.splitter
         assert statistics
-        budget = min(
-            self._settings.max_tokens, limit - statistics.prompt_tokens if limit else self._settings.max_tokens
-        )
-        self._live, keep = None, False
+        self._live, keep, thought_tokens = None, False, 0
         try:
-            for response in itertools.islice(live.responses, budget):
+            # A thought that is closed goes on with other responses.
+            while response := next(live.responses, None):
                 live.said += response.text
                 statistics.generation_tokens += 1
                 statistics.seconds = time.perf_counter() - started
                 statistics.time_to_first_token_s = statistics.time_to_first_token_s or statistics.seconds
                 statistics.finish_reason = response.finish_reason
-                yield from live.splitter.feed(response.text)
+                yield from splitter.feed(response.text)
+                statistics.answer_tokens += splitter.kind == "answer"
+                statistics.finish_reason = response.finish_reason or self._is_full(statistics)
+                if statistics.finish_reason:
+                    break
+                thought_tokens += splitter.kind == "thought"
+                if splitter.kind == "thought" and thought_tokens == self._settings.max_thought_tokens:
+                    yield Piece("notice", f"The thought is closed at {thought_tokens} tokens; the answer begins.")
+                    self._close_thought(live)
             if statistics.finish_reason == "stop":
-                yield from live.splitter.finish()
-            else:
-                statistics.finish_reason = "length"
+                yield from splitter.finish()
             keep = True
         except GeneratorExit:
             # Whoever consumes the reply has heard enough.
@@ -1276,12 +1553,23 @@ class Conversation:
             raise
         finally:
             if keep:
-                self._first = live.first
-                self.messages = [*live.messages, {"role": "assistant", "content": live.opened + live.said}]
+                self._keep(live, str(statistics.finish_reason))
             if keep and statistics.finish_reason != "stop":
                 self._live = live
             else:
                 live.responses.close()
+
+    def _is_full(self, statistics: Statistics) -> str | None:
+        used, limit = statistics.prompt_tokens + statistics.generation_tokens, statistics.context_length
+        full = statistics.answer_tokens == self._settings.max_tokens or (limit is not None and used >= limit)
+        return "length" if full else None
+
+    def _keep(self, live: Reply, finish_reason: str) -> None:
+        message = {"role": "assistant", **live.splitter.said()}
+        if finish_reason != "stop":
+            message["finish_reason"] = finish_reason
+        self._said[self._key(message)] = live.said
+        self._first, self.messages = live.first, [*live.messages, message]
 
 
 # --------------------------------------------------------------------------------------- Keeping
@@ -1997,7 +2285,7 @@ class Chat:
             if prompt.lower().removeprefix("/") in LEAVE_WORDS:
                 break
             if prompt:
-                self._answer(prompt)
+                self._respond(prompt)
         self._screen.write("Goodbye!\n")
 
     def _read(self) -> str:
@@ -2005,7 +2293,7 @@ class Chat:
         with self._interrupts.raised():
             return self._editor.read_prompt(draft)
 
-    def _answer(self, prompt: str) -> None:
+    def _respond(self, prompt: str) -> None:
         self._editor.remember(prompt)
         try:
             self._obey(prompt)
@@ -2057,6 +2345,16 @@ class Chat:
                 self.draft = ""
                 self._keep()
 
+    def say_once(self, prompt: str) -> int:
+        """Show the one reply; return the exit status. Raises `ChatError`, also for a thought without an answer."""
+        self.say(prompt)
+        reply = self._conversation.messages[-1]
+        if "finish_reason" in reply and not reply["content"]:
+            raise ChatError(
+                "The reply ended inside its thought, without an answer: --max-thought-tokens closes it sooner."
+            )
+        return int(self.failed)
+
     def _messages(self) -> list[Message]:
         return self._settings.with_system(self._conversation.messages)
 
@@ -2083,7 +2381,7 @@ class Chat:
         statistics = self._conversation.statistics
         if statistics and statistics.finish_reason == "length":
             advice = "/continue goes on" if self._settings.prompt is None else "--max-tokens allows more"
-            self._screen.note(f"Cut at {statistics.generation_tokens} tokens; {advice}.")
+            self._screen.note(f"Cut at {statistics.answer_tokens or statistics.generation_tokens} tokens; {advice}.")
         if statistics and statistics.finish_reason and self._settings.stats:
             self._screen.note(statistics.line())
 
@@ -2117,6 +2415,11 @@ class Chat:
         """Go on with a reply that was cut or stopped."""
         self._show(self._conversation.resume())
 
+    @command()
+    def _answer(self, rest: str) -> None:
+        """Close a thought that was cut or stopped: the answer begins."""
+        self._show(self._conversation.resume(answer=True))
+
     @command("[TEXT]")
     def _system(self, rest: str) -> None:
         """Show or set the system prompt; - removes it."""
@@ -2141,6 +2444,8 @@ class Chat:
         if name == "seed":
             self._conversation.seed(self._settings.seed)
         self._screen.note(f"{name.replace('_', '-')} = {shown_value(getattr(self._settings, name))}")
+        if name == "think" and (doubt := self._conversation.doubt()):
+            self._screen.note(doubt)
 
     @command("[on|off]")
     def _stats(self, rest: str) -> None:
@@ -2218,9 +2523,10 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts) ->
         screen.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
     conversation = Conversation(load_model(settings, hosts), settings, messages)
     chat = Chat(conversation, screen, editor, settings, session, interrupts)
+    if doubt := conversation.doubt():
+        screen.note(doubt)
     if prompt is not None:
-        chat.say(prompt)
-        return int(chat.failed)
+        return chat.say_once(prompt)
     screen.write("Model loaded successfully!\n")
     if screen.watched:
         leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
