@@ -50,11 +50,13 @@ import difflib
 import errno
 import fcntl
 import fnmatch
+import functools
 import glob
 import inspect
 import io
 import itertools
 import json
+import locale
 import os
 import re
 import select
@@ -99,8 +101,25 @@ def shortened(text: str, most: int = 300) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return a foreign error's words on one short line without a full stop, never empty."""
-    return shortened(str(error)).rstrip(".") or type(error).__name__
+    """Return a foreign error's words on one short line without a full stop, never empty; this can't fail."""
+    words = ""
+    with contextlib.suppress(Exception):
+        words = shortened(str(error)).rstrip(".")
+    return words or type(error).__name__
+
+
+@contextlib.contextmanager
+def foreign(sentence: str, kind: type[ChatError] = ChatError) -> Iterator[None]:
+    """Turn an error of foreign code into a `ChatError`: `sentence`, with the error's words in place of `{}`.
+
+    A panic of a Rust library is no `Exception`; only what ends or stops the program passes.
+    """
+    try:
+        yield
+    except (ChatError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise kind(sentence.replace("{}", one_line(error))) from error
 
 
 def reason(error: BaseException) -> str:
@@ -136,7 +155,7 @@ def number(convert: Callable[[str], Any], low: float, high: float = sys.float_in
         with contextlib.suppress(ValueError):
             if low <= (value := convert(text)) <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"must be {kind} {bounds}, not '{text}'")
+        raise argparse.ArgumentTypeError(f"must be {kind} {bounds}, not '{shortened(text, 40)}'")
 
     return parse
 
@@ -147,7 +166,7 @@ def switch(text: str) -> bool:
         return True
     if text.lower() in ("false", "no", "off", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
+    raise argparse.ArgumentTypeError(f"must be true or false, not '{shortened(text, 40)}'")
 
 
 def effort(text: str) -> bool | str:
@@ -299,10 +318,20 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def read_flags(argv: Sequence[str] | None) -> dict[str, Any]:
     """Return the flags that were given. For wrong ones argparse leaves with 2."""
+    parser = argument_parser()
     words = [*(sys.argv[1:] if argv is None else argv), ""]
     # How much to think is optional, and the model may follow.
     plain = [n for n, word in enumerate(words) if word == "--think" and words[n + 1] not in ("low", "medium", "high")]
-    return vars(argument_parser().parse_args([word + "=true" * (n in plain) for n, word in enumerate(words)][:-1]))
+    namespace, rest = parser.parse_known_args([word + "=true" * (n in plain) for n, word in enumerate(words)][:-1])
+    for flag in (shortened(word.partition("=")[0], 40) for word in rest if word.startswith("-")):
+        if flag == "--model":
+            parser.error("the model is named without a flag: llmchat MODEL")
+        parser.error(f"there is no flag {flag}{did_you_mean(flag, [f'--{key}' for key in KEYS])}")
+    if rest:
+        parser.error(
+            f"a prompt goes after -p: llmchat {shortened(str(namespace.model), 80)} -p {shortened(rest[0], 40)!r}"
+        )
+    return vars(namespace)
 
 
 def read_settings(argv: Sequence[str] | None) -> Settings:
@@ -396,12 +425,16 @@ NEEDED = (
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 GIB = 1 << 30
 OTHER_DISK = "Make room for it, or set HF_HOME to a folder on another disk."
+IMPORT_FAILURE = (
+    "The libraries can't be loaded: {}. Look at the variables HF_... and MLX... of the environment, or install anew."
+)
 KEPT = "Every finished file is kept; run the same command again to fetch the rest."
 
 
 def hub_cache() -> Path:
     """Return the folder in which huggingface-hub keeps models."""
-    from huggingface_hub import constants
+    with foreign(IMPORT_FAILURE):
+        from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
@@ -490,19 +523,33 @@ def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' chatter off the screen; errors come as exceptions, and are said once."""
+    """Keep the libraries' chatter off the screen, and their questions from the user.
+
+    Errors come as exceptions, and are said once. transformers would ask whether a repository's code may run.
+    """
     import logging
 
     logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+    stdin = sys.stdin
+    with open(os.devnull) as sys.stdin, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            sys.stdin = stdin
+            logging.disable(logging.NOTSET)
 
 
 # ----------------------------------------------------------------------------------------- Model
+
+
+# More than fits any model, of one prompt.
+MOST_CHARACTERS = 1 << 24
+
+# Breaks up text that spells a special token; no character that Unicode will ever have
+# (https://www.unicode.org/faq/private_use.html#nonchar4).
+BREAK = "\ufdd0"
 
 
 @dataclasses.dataclass
@@ -539,19 +586,31 @@ class Model:
         # mlx-lm's wrapper tells every template to think; a user who said nothing gets the template's own
         # default, so the tokenizer inside is asked, unless mlx-lm brings the template along as a function.
         tokenizer = self.tokenizer if self._function else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
-        try:
+        advice = "Leave out the system prompt, or take turns back with /undo."
+        with foreign(f"The chat template of {self.name} can't render this conversation: {{}}. {advice}"):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted, **variables)
-        except Exception as error:
-            raise ChatError(
-                f"The chat template of {self.name} can't render this conversation: {one_line(error)}."
-                " Leave out the system prompt, or take turns back with /undo."
-            ) from error
+        if len(text) > MOST_CHARACTERS:
+            raise ChatError(f"The chat template of {self.name} makes {len(text)} characters of this conversation.")
         return str(text)
 
+    @functools.cached_property
+    def _structure(self) -> re.Pattern[str]:
+        """The texts of tokens that may be a prompt's structure: special ones, and others that the template names."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        texts = [str(token) for token in tokens if token.special or str(token) in self.template]
+        texts = sorted((text for text in texts if len(text.strip()) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+    def as_text(self, content: str) -> str:
+        """Return a content broken up, so that neither template nor tokenizer takes a part of it for structure."""
+        return self._structure.sub(lambda token: token[0][0] + BREAK + token[0][1:], content.replace(BREAK, ""))
+
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a rendered text, which brings its own BOS."""
+        """Return the token ids of a rendered text, which brings its own BOS. Raises `ChatError`."""
         # A flag or a file may hold what is no text: half a surrogate pair, which no tokenizer takes.
-        return list(self.tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False))
+        parts = text.encode(errors="replace").decode().split(BREAK)
+        with foreign(f"The tokenizer of {self.name} fails: {{}}. Name another model."):
+            return [token for part in parts for token in self.tokenizer.encode(part, add_special_tokens=False)]
 
 
 # The formats of weights that MLX can't load, by the ending of their files.
@@ -609,6 +668,8 @@ class Loader:
             raise ChatError(f"{self._name} is a folder, which has no revisions: leave out --revision.")
         weights = sorted(self._folder.glob(WEIGHTS))
         read_ahead(weights)
+        with foreign(IMPORT_FAILURE):
+            import mlx_lm.utils  # noqa: F401
         config = self._check_folder(weights)
         net, tokenizer = self._load_engine()
         if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
@@ -783,10 +844,19 @@ class Loader:
         try:
             loaded = load(str(self._folder), **options)
         except Exception as error:
-            if "trust_remote_code" in str(error):
+            words, adapter = one_line(error), self._settings.adapter
+            if "trust_remote_code" in words:
                 raise self._untrusted() from error
+            if os.strerror(errno.EMFILE) in words:
+                raise ChatError(
+                    f"{self._name} has too many files for this shell: try again after ulimit -n 4096."
+                ) from error
+            if adapter:
+                raise ChatError(
+                    f"{self._name} can't be loaded with {adapter}: {words}. Name another adapter."
+                ) from error
             missing = "".join(f" {name} is missing." for name in missing_files(self._folder)[:1])
-            raise self._broken(f"{self._name} could not be loaded: {one_line(error)}.{missing}") from error
+            raise self._broken(f"{self._name} could not be loaded: {words}.{missing}") from error
         return loaded[0], loaded[1]
 
 
@@ -801,6 +871,11 @@ def load_model(settings: Settings, hosts: Hosts | None = None) -> Model:
 # Tokens put through the model between two looks at Ctrl+C while a prompt is read (prefill).
 # mlx-lm's own default is 2048, which a small model on a slow machine takes a second for.
 PREFILL_STEP_TOKENS = 512
+
+ENGINE_FAILURE = (
+    "The engine failed, so what it was saying is not kept: {}."
+    " If memory ran out, a shorter prompt, /clear or a smaller model takes less."
+)
 
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
@@ -885,17 +960,11 @@ class PromptCache:
     @contextlib.contextmanager
     def _dropped_on_error(self) -> Iterator[None]:
         try:
-            yield
+            with foreign(ENGINE_FAILURE, EngineError):
+                yield
         except GeneratorExit:
             # Raised between two calls of the engine, where its state is known.
             raise
-        except Exception as error:
-            self.clear()
-            out_of_memory = isinstance(error, MemoryError) or re.search("memory|alloc", str(error), re.IGNORECASE)
-            help = " A shorter prompt, /clear or a smaller model takes less memory." if out_of_memory else ""
-            raise EngineError(
-                f"The engine failed, so what it was saying is not kept: {one_line(error)}.{help}"
-            ) from error
         except BaseException:
             self.clear()
             raise
@@ -1044,15 +1113,17 @@ SWITCHES, DEGREES, BUDGET = ("enable_thinking", "thinking"), ("reasoning_effort"
 BUDGETS = {"none": 0, "minimal": 0, "low": 512, "medium": 4096, "high": 16384}
 
 
+def least_degree(model: Model) -> str:
+    """Return the least degree of thinking that a template knows by name; it is what comes nearest to none."""
+    return next((word for word in BUDGETS if re.search(rf"""['"]{word}['"]""", model.template)), "low")
+
+
 def think_variables(model: Model, think: bool | str | None) -> dict[str, Any]:
     """Return the variables that ask a template for a way to think: on, off, a degree, or None for its own default."""
     if think is None:
         return {}
     asked: dict[str, Any] = dict.fromkeys(SWITCHES, think is not False)
-    # Off is the least degree that the template knows by name.
-    least = next((word for word in BUDGETS if re.search(rf"""['"]{word}['"]""", model.template)), "low")
-    degree = think if isinstance(think, str) else least if think is False else None
-    if degree:
+    if degree := think if isinstance(think, str) else least_degree(model) if think is False else "":
         asked.update(dict.fromkeys(DEGREES, degree), **{BUDGET: BUDGETS[degree] if think else 0})
     return {name: value for name, value in asked.items() if model.reads(name)}
 
@@ -1252,6 +1323,12 @@ class ThoughtSplitter:
 # ---------------------------------------------------------------------------------- Conversation
 
 
+# From here on a prompt takes long enough to say how far its reading is.
+LONG_PROMPT_TOKENS = 200
+
+# The most tokens that a reply may have outside of its thought and its answer; a model may say blanks without end.
+MOST_MARK_TOKENS = 64
+
 # Below this a temperature is as good as 0, and 1 / temperature overflows a float32 further down.
 LEAST_TEMPERATURE = 1e-3
 
@@ -1264,6 +1341,7 @@ class Statistics:
     cached_tokens: int
     context_length: int | None
     generation_tokens: int = 0
+    thought_tokens: int = 0
     answer_tokens: int = 0
     time_to_first_token_s: float = 0.0
     seconds: float = 0.0
@@ -1314,6 +1392,8 @@ class Conversation:
         # Messages before this one are not sent: they no longer fit.
         self._first = 0
         self.messages = list(map(self._format.parted, messages))
+        # The messages before the last `clear`.
+        self._cleared: list[Message] = []
         # Replies as the model said them, marks and all, by answer and thought.
         self._said: dict[tuple[str, str | None], str] = {}
         self.statistics: Statistics | None = None
@@ -1371,7 +1451,7 @@ class Conversation:
         *before, reply = self.messages
         first, text, tokens = self._fit(before, min(self._first, len(before) - 1))
         begun = self._begun(text, before[first:])
-        said = self._format.said(reply, begun)
+        said = self._format.said(self._as_text(reply), begun)
         splitter = ThoughtSplitter(self._format, begun + said)
         tokens = self._model.hosts.share(tokens + self._model.encode(said))
         yield from self._prefill(tokens, 0)
@@ -1390,7 +1470,10 @@ class Conversation:
         live.responses = self._stream(tokens)
 
     def undo(self) -> str:
-        """Take the last turn back; return its prompt."""
+        """Take the last turn back and return its prompt; where there is none, take `clear` back and return nothing."""
+        if not self.messages and self._cleared:
+            self.messages, self._cleared = self._cleared, []
+            return ""
         if not self.messages:
             raise ChatError("There is no turn to take back.")
         self._drop_live()
@@ -1402,7 +1485,7 @@ class Conversation:
     def clear(self) -> None:
         """Start over. The engine's state stays: a new conversation may start with the same tokens."""
         self._drop_live()
-        self.messages, self._first = [], 0
+        self._cleared, self.messages, self._first = self.messages or self._cleared, [], 0
 
     def _drop_live(self) -> None:
         if self._live is not None:
@@ -1411,10 +1494,14 @@ class Conversation:
 
     def _render(self, messages: list[Message], prompted: bool = True) -> str:
         taken = [
-            self._format.as_template_takes(message, self._said.get(self._key(message), ""))
+            self._format.as_template_takes(self._as_text(message), self._said.get(self._key(message), ""))
             for message in self._settings.with_system(messages)
         ]
         return self._model.render(taken, prompted, **think_variables(self._model, self._settings.think))
+
+    def _as_text(self, message: Message) -> Message:
+        """Return a message in which nobody can forge a turn, or a thought, by spelling the template's tokens."""
+        return {key: text if key == "role" else self._model.as_text(text) for key, text in message.items()}
 
     @staticmethod
     def _key(message: Message) -> tuple[str, str | None]:
@@ -1433,15 +1520,18 @@ class Conversation:
             return ""
         if not self._format.end:
             return f"{model.name} is no reasoning model: there is nothing to think, or not."
-        asked, ways = (
-            [{"role": "user", "content": ASKED}],
-            (think, "high" if think == "low" else think is not True and "low"),
-        )
+
+        def ways(*choices: bool | str, but: Collection[str] = ()) -> int:
+            asked = [{"role": "user", "content": ASKED}]
+            variables = [think_variables(model, choice) for choice in choices]
+            return len({model.render(asked, **{n: v for n, v in vs.items() if n not in but}) for vs in variables})
+
         # The same prompt for another way to think tells that the template does not know the difference.
-        if think is True or len({model.render(asked, **think_variables(model, way)) for way in ways}) > 1:
-            return ""
-        what = "thinking can't be switched off" if think is False else "there are no degrees of thinking"
-        return f"In the chat template of {model.name} {what}."
+        if think is False and ways(True, False, but=DEGREES) == 1 and not {"none", "minimal"} & {least_degree(model)}:
+            return f"{model.name} can't be told not to think{'; it is asked for little' * (ways(True, False) > 1)}."
+        if isinstance(think, str) and ways("low", "high") == 1:
+            return f"{model.name} can't be told how much to think."
+        return ""
 
     def _fit(self, messages: list[Message], first: int) -> tuple[int, str, list[int]]:
         """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits."""
@@ -1452,10 +1542,16 @@ class Conversation:
         if limit is None or len(tokens) + room <= limit:
             return first, text, tokens
         # Leaving out turns moves all the others, so they are computed again: do it seldom, a quarter at a time.
-        while len(tokens) + room > limit * 3 // 4 and first < len(messages) - 1:
-            first += 2
-            text = self._render(messages[first:])
-            tokens = self._model.encode(text)
+        least, most = 1, (len(messages) - 1 - first) // 2
+        while least < most:
+            half = (least + most) // 2
+            if len(self._model.encode(self._render(messages[first + 2 * half :]))) + room > limit * 3 // 4:
+                least = half + 1
+            else:
+                most = half
+        first += 2 * most
+        text = self._render(messages[first:])
+        tokens = self._model.encode(text)
         if len(tokens) + room > limit:
             raise ChatError(
                 f"The prompt is too long: {len(tokens)} tokens, with {room} kept for the reply, where"
@@ -1515,6 +1611,8 @@ class Conversation:
 
     def _prefill(self, tokens: list[int], shared: int) -> Iterator[Piece]:
         self.statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
+        if len(tokens) - len(self._cache.tokens) > LONG_PROMPT_TOKENS:
+            yield Piece("reading", f"{len(self._cache.tokens)} of {len(tokens)} tokens")
         for done in self._cache.prefill(tokens, shared):
             yield Piece("reading", f"{done} of {len(tokens)} tokens")
 
@@ -1525,7 +1623,7 @@ class Conversation:
         """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
         statistics, splitter = self.statistics, live.splitter
         assert statistics
-        self._live, keep, thought_tokens = None, False, 0
+        self._live, keep = None, False
         try:
             # A thought that is closed goes on with other responses.
             while response := next(live.responses, None):
@@ -1535,13 +1633,13 @@ class Conversation:
                 statistics.time_to_first_token_s = statistics.time_to_first_token_s or statistics.seconds
                 statistics.finish_reason = response.finish_reason
                 yield from splitter.feed(response.text)
-                statistics.answer_tokens += splitter.kind == "answer"
+                statistics.thought_tokens += splitter.kind == "thought"
+                statistics.answer_tokens += splitter.kind in ("answer", HIDDEN)
                 statistics.finish_reason = response.finish_reason or self._is_full(statistics)
                 if statistics.finish_reason:
                     break
-                thought_tokens += splitter.kind == "thought"
-                if splitter.kind == "thought" and thought_tokens == self._settings.max_thought_tokens:
-                    yield Piece("notice", f"The thought is closed at {thought_tokens} tokens; the answer begins.")
+                if splitter.kind == "thought" and statistics.thought_tokens == self._settings.max_thought_tokens:
+                    yield Piece("notice", f"Thought enough: {statistics.thought_tokens} tokens; the answer begins.")
                     self._close_thought(live)
             if statistics.finish_reason == "stop":
                 yield from splitter.finish()
@@ -1561,14 +1659,19 @@ class Conversation:
 
     def _is_full(self, statistics: Statistics) -> str | None:
         used, limit = statistics.prompt_tokens + statistics.generation_tokens, statistics.context_length
-        full = statistics.answer_tokens == self._settings.max_tokens or (limit is not None and used >= limit)
-        return "length" if full else None
+        marks = statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
+        full = statistics.answer_tokens >= self._settings.max_tokens or marks > MOST_MARK_TOKENS
+        return "length" if full or (limit is not None and used >= limit) else None
 
     def _keep(self, live: Reply, finish_reason: str) -> None:
         message = {"role": "assistant", **live.splitter.said()}
         if finish_reason != "stop":
             message["finish_reason"] = finish_reason
-        self._said[self._key(message)] = live.said
+        # Only the marks of the one thought are more than text.
+        said = self._model.as_text(live.said)
+        for mark in filter(None, (self._format.start.strip(), self._format.end.strip())):
+            said = said.replace(self._model.as_text(mark), mark, 1)
+        self._said[self._key(message)] = said
         self._first, self.messages = live.first, [*live.messages, message]
 
 
@@ -1749,6 +1852,11 @@ class Screen:
         """Put text into the session."""
         self._stdout.write(text)
         self._stdout.flush()
+
+    def hint(self, text: str) -> None:
+        """Put text beside the session, on standard error."""
+        self._stderr.write(text)
+        self._stderr.flush()
 
     def note(self, text: str) -> None:
         """Tell the user something that is not part of the session, dim on a terminal."""
@@ -2000,6 +2108,14 @@ class Keyboard:
             time.sleep(0.001)
 
 
+def use_utf8() -> None:
+    """Have the line editor take any character, also where the locale is `C` or one that is not installed."""
+    for name in ("C.UTF-8", "UTF-8"):
+        if locale.nl_langinfo(locale.CODESET) in ("ANSI_X3.4-1968", "US-ASCII"):
+            with contextlib.suppress(locale.Error):
+                locale.setlocale(locale.LC_CTYPE, name)
+
+
 class LineEditor:
     """Reads prompts; on a terminal with editing, history and completion from `open` to `close`.
 
@@ -2024,6 +2140,8 @@ class LineEditor:
         `complete` returns the lines that a line's beginning may become; `on_escape` is called by another thread when
         Esc is pressed while no prompt is read.
         """
+        # The editor looks at the locale when it is imported.
+        use_utf8()
         with contextlib.suppress(ImportError):
             # The keyboard comes first: the editor's own handler of SIGWINCH then calls the keyboard's before it looks.
             self._keyboard = Keyboard(self._stdin, self._as_keys, on_escape)
@@ -2072,7 +2190,9 @@ class LineEditor:
 
     def _held(self, text: str) -> str:
         """Return a text as the editor can hold it: in libedit a mark stands for a long one until its line is read."""
-        text = cleaned(text)
+        encoding = locale.nl_langinfo(locale.CODESET)
+        # Python can't hand the editor characters that the locale doesn't have.
+        text = cleaned(text).encode(encoding, "replace").decode(encoding)
         if not self._libedit or ("\n" not in text and len(text) <= Keyboard.LONGEST_TYPED):
             return text
         return self._marks.setdefault(text, f"[{len(self._marks) + 1}: {shortened(text, 30)} {len(text)} characters]")
@@ -2086,10 +2206,15 @@ class LineEditor:
         """Read one line; `text` stands in it for editing. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
         if self.interactive:
             return self._edit_line(prompt, text)
-        self._screen.write(prompt)
+        # What a terminal shows of a line that is typed does not reach a pipe: it is shown once more, in its place.
+        typed = self._stdin.isatty() and not self._screen.watched
+        (self._screen.hint if typed else self._screen.write)(prompt)
         line = self._stdin.readline()
+        if typed:
+            columns = os.get_terminal_size(self._stdin.fileno()).columns or 80
+            self._screen.hint(f"\r\x1b[{1 + len(prompt + line) // columns}A{ERASE_BELOW}" * (not self._screen.dumb))
         # Where a launcher stands between, the terminal has shown the line already.
-        self._screen.write("" if self._screen.watched else cleaned(line.rstrip("\n")) + "\n")
+        self._screen.write("" if self._screen.watched else prompt * typed + cleaned(line.rstrip("\n")) + "\n")
         if not line:
             raise EOFError
         return line.rstrip("\n")
@@ -2168,13 +2293,14 @@ HISTORY_FILE = ".llmchat_history"
 class Interrupts:
     """Handles Ctrl+C on a terminal: it drops the line that is being read, and otherwise asks a reply to stop.
 
-    Nothing but reading a line, or a second press on an engine that doesn't stop, is torn from its work.
+    Nothing is torn from its work but reading a line, rendering a prompt (a template may never end), and, by a second
+    press, an engine that doesn't stop.
     """
 
     def __init__(self) -> None:
         self._reading = False
-        # A reply is to stop.
-        self.pressed = False
+        # A reply is to stop; it is still being prepared, and can be torn from that.
+        self.pressed = self.preparing = False
 
     def press(self) -> None:
         """Ask the reply to stop."""
@@ -2182,14 +2308,14 @@ class Interrupts:
 
     def __call__(self, signum: int, frame: object) -> None:
         """Handle SIGINT."""
-        if self._reading or self.pressed:
+        if self._reading or self.preparing or self.pressed:
             raise KeyboardInterrupt
         self.press()
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
         """Raise Ctrl+C as `KeyboardInterrupt` while a line is read; an earlier press is forgotten."""
-        self.pressed, self._reading = False, True
+        self.pressed, self.preparing, self._reading = False, False, True
         try:
             yield
         finally:
@@ -2306,6 +2432,7 @@ class Chat:
             if not self._editor.interactive:
                 raise
             self._screen.end_reply()
+        self._interrupts.preparing = False
         self._keep()
 
     def _complain(self, error: ChatError) -> None:
@@ -2371,9 +2498,11 @@ class Chat:
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
         self._screen.hide_thoughts = self._settings.hide_thoughts
+        self._interrupts.preparing = True
         # To close a reply is to stop it.
         with contextlib.closing(pieces):
             for piece in pieces:
+                self._interrupts.preparing = False
                 self._screen.show(piece)
                 if self._interrupts.pressed:
                     break
@@ -2395,7 +2524,7 @@ class Chat:
 
     @command()
     def _clear(self, rest: str) -> None:
-        """Start a new conversation."""
+        """Start a new conversation; /undo brings this one back."""
         self._conversation.clear()
         self._screen.note("A new conversation.")
 
@@ -2407,8 +2536,9 @@ class Chat:
     @command()
     def _undo(self, rest: str) -> None:
         """Take the last turn back and edit its prompt."""
-        self.draft = as_typed(self._conversation.undo())
-        self._screen.note("The last turn is taken back.")
+        prompt = self._conversation.undo()
+        self.draft = as_typed(prompt)
+        self._screen.note("The last turn is taken back." if prompt else "The conversation is back.")
 
     @command()
     def _continue(self, rest: str) -> None:
@@ -2480,11 +2610,13 @@ class Chat:
 def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
     """Return the prompt that `-p TEXT` sends: piped standard input goes before TEXT, and is all if TEXT is `-`.
 
-    Raises `ChatError` if there is no text.
+    Raises `ChatError` if there is no text, or more than any model can take.
     """
     if launched and text == "-":
         raise ChatError("mlx.launch never tells where standard input ends: give --prompt the text itself.")
-    piped = "" if stdin.isatty() or launched else stdin.read().strip("\n")
+    piped = "" if stdin.isatty() or launched else stdin.read(MOST_CHARACTERS + 1).strip("\n")
+    if len(piped) > MOST_CHARACTERS:
+        raise ChatError(f"Standard input holds more than {MOST_CHARACTERS} characters: no model can take that.")
     prompt = piped if text == "-" else "\n\n".join(part for part in (piped, text) if part)
     if not prompt.strip():
         raise ChatError("There is nothing to reply to: give -p a text, or pipe one in.")
@@ -2547,7 +2679,7 @@ def missing_model() -> ChatError:
 
 
 class EndingSignals:
-    """While entered, ends the program on signals but SIGINT by way of all that cleans up; then gives them back."""
+    """While entered, ends the program on signals by way of all that cleans up; then gives them back."""
 
     def __init__(self) -> None:
         # The exit status, once a signal has come.
@@ -2555,9 +2687,9 @@ class EndingSignals:
 
     def __enter__(self) -> EndingSignals:
         self._found = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-        for number in ENDING_SIGNALS[1:]:
-            # Under nohup, SIGHUP is to be ignored.
-            if self._found[number] is not signal.SIG_IGN:
+        for number, found in self._found.items():
+            # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
+            if found is not signal.SIG_IGN:
                 signal.signal(number, self._leave)
         return self
 
@@ -2567,7 +2699,7 @@ class EndingSignals:
 
     def _leave(self, signum: int, frame: object) -> NoReturn:
         self.status = 128 + signum
-        raise SystemExit(self.status)
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(self.status)
 
 
 def open_streams() -> None:
@@ -2626,7 +2758,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, complaint = 1, f"Standard input or output can't be used any more: {reason(error)}."
         if isinstance(error, BrokenPipeError):
             status, complaint = 128 + signal.SIGPIPE, ""
-    # An import that a signal breaks off may say so with an error of its own.
+    except Exception:
+        # An import that a signal breaks off may end with any error.
+        if not signals.status:
+            raise
+        status = signals.status
     if complaint and not signals.status:
         if hosts.rank:
             # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
