@@ -530,12 +530,11 @@ def quiet() -> Iterator[None]:
     import logging
 
     logging.disable(logging.ERROR)
-    stdin = sys.stdin
-    with open(os.devnull) as sys.stdin, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "r+") as nothing, contextlib.redirect_stdout(nothing), warnings.catch_warnings():
+        stdin, sys.stdin = sys.stdin, nothing
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
+            yield
         finally:
             sys.stdin = stdin
             logging.disable(logging.NOTSET)
@@ -573,10 +572,17 @@ class Model:
         module = inspect.getmodule(self._function) if self._function else None
         return inspect.getsource(module) if module else str(self.tokenizer.chat_template)
 
+    @functools.cached_property
+    def _variables(self) -> set[str]:
+        # The names in a template's code that are no attributes and no strings. mlx-lm tells a function one thing.
+        if self._function:
+            return {"enable_thinking"}
+        code = "".join(re.findall(r"{[{%].*?[%}]}", self.template, re.DOTALL))
+        return {*re.findall(r"(?<![.\w])\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", code))}
+
     def reads(self, variable: str) -> bool:
         """Tell if the chat template reads a variable."""
-        # mlx-lm tells a function one thing.
-        return variable == "enable_thinking" if self._function else bool(re.search(rf"\b{variable}\b", self.template))
+        return variable in self._variables
 
     def render(self, messages: Sequence[dict[str, Any]], prompted: bool = True, **variables: Any) -> str:
         """Return the chat template's text for `messages`, if prompted up to where the reply starts.
@@ -1115,7 +1121,7 @@ BUDGETS = {"none": 0, "minimal": 0, "low": 512, "medium": 4096, "high": 16384}
 
 def least_degree(model: Model) -> str:
     """Return the least degree of thinking that a template knows by name; it is what comes nearest to none."""
-    return next((word for word in BUDGETS if re.search(rf"""['"]{word}['"]""", model.template)), "low")
+    return next((word for word in ("none", "minimal") if re.search(rf"""['"]{word}['"]""", model.template)), "low")
 
 
 def think_variables(model: Model, think: bool | str | None) -> dict[str, Any]:
@@ -1516,20 +1522,12 @@ class Conversation:
     def doubt(self) -> str:
         """Return a sentence on what the template can't do of the way to think that was asked for, or nothing."""
         think, model = self._settings.think, self._model
-        if think is None:
-            return ""
-        if not self._format.end:
+        read = think_variables(model, think)
+        if think is not None and not self._format.end:
             return f"{model.name} is no reasoning model: there is nothing to think, or not."
-
-        def ways(*choices: bool | str, but: Collection[str] = ()) -> int:
-            asked = [{"role": "user", "content": ASKED}]
-            variables = [think_variables(model, choice) for choice in choices]
-            return len({model.render(asked, **{n: v for n, v in vs.items() if n not in but}) for vs in variables})
-
-        # The same prompt for another way to think tells that the template does not know the difference.
-        if think is False and ways(True, False, but=DEGREES) == 1 and not {"none", "minimal"} & {least_degree(model)}:
-            return f"{model.name} can't be told not to think{'; it is asked for little' * (ways(True, False) > 1)}."
-        if isinstance(think, str) and ways("low", "high") == 1:
+        if think is False and all(BUDGETS.get(read[name], 0) for name in read):
+            return f"{model.name} can't be told not to think{'; it is asked for little' * bool(read)}."
+        if isinstance(think, str) and not {*DEGREES, BUDGET} & {*read}:
             return f"{model.name} can't be told how much to think."
         return ""
 
