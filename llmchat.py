@@ -65,6 +65,7 @@ import sys
 import termios
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -1358,13 +1359,11 @@ class Statistics:
         # The first token belongs to the prefill, not to the decode time.
         decode_s = self.seconds - self.time_to_first_token_s
         generation_tps = (self.generation_tokens - 1) / decode_s if self.generation_tokens > 1 and decode_s else 0.0
-        new = self.prompt_tokens - self.cached_tokens
-        used = self.prompt_tokens + self.generation_tokens
-        context = f"{used / self.context_length:.0%} full" if self.context_length else f"{used} tokens"
+        new, used = self.prompt_tokens - self.cached_tokens, self.prompt_tokens + self.generation_tokens
+        context = f"{used / self.context_length:.0%}" if self.context_length else f"{used} tokens"
         return (
-            f"{self.seconds:.1f} s · {self.generation_tokens} tokens, {generation_tps:.1f} tokens/s"
-            f" · first after {self.time_to_first_token_s:.2f} s · prompt {new} new, {self.cached_tokens} reused"
-            f" · context {context}"
+            f"{self.seconds:.1f} s · {generation_tps:.1f} tokens/s · first {self.time_to_first_token_s:.2f} s"
+            f" · {new} new, {self.cached_tokens} reused · context {context}"
         )
 
 
@@ -1609,10 +1608,9 @@ class Conversation:
 
     def _prefill(self, tokens: list[int], shared: int) -> Iterator[Piece]:
         self.statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
-        if len(tokens) - len(self._cache.tokens) > LONG_PROMPT_TOKENS:
-            yield Piece("reading", f"{len(self._cache.tokens)} of {len(tokens)} tokens")
-        for done in self._cache.prefill(tokens, shared):
-            yield Piece("reading", f"{done} of {len(tokens)} tokens")
+        # A line tells how far it is before the first chunk is through.
+        for done in itertools.chain([len(self._cache.tokens)], self._cache.prefill(tokens, shared)):
+            yield Piece("reading", f"{done} of {len(tokens)} tokens" * (len(tokens) > LONG_PROMPT_TOKENS))
 
     def _stream(self, tokens: list[int]) -> Generator[Any, None, None]:
         return self._cache.stream(self._model.tokenizer, tokens, **self._sampling())
@@ -1815,14 +1813,72 @@ UNSAFE = dict.fromkeys(
 
 
 def cleaned(text: str) -> str:
-    """The text without anything that could drive a terminal."""
+    """Return the text without anything that could drive a terminal."""
     return text.translate(UNSAFE)
 
 
-GREEN, DIM, PLAIN, ERASE_BELOW = "\x1b[32m", "\x1b[2m", "\x1b[0m", "\x1b[J"
+def width(text: str) -> int:
+    """Return the number of columns that a text takes on a terminal."""
+    marks = sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
-# Before a wait is worth a line that tells of it.
-PATIENCE_S = 1.0
+
+class WordWrap:
+    """Breaks prose at words as it streams, in a window that has `columns()` at that moment.
+
+    Code between fences, tables and words that are wider than the window are left alone: they are to be copied.
+    """
+
+    VERBATIM = ("|", "```", "~~~")
+
+    def __init__(self, columns: Callable[[], int]) -> None:
+        self._columns = columns
+        # The beginning of the line, the column after what was let through, and the blanks and the word since.
+        self._line, self._column, self._blanks, self._word = "", 0, "", ""
+        self._fenced = False
+
+    def feed(self, text: str) -> str:
+        """Return what is certain of all the text so far."""
+        return "".join(map(self._put, text))
+
+    def flush(self) -> str:
+        """Return what was held back, at the end of a text."""
+        return self._end_word()
+
+    def _put(self, char: str) -> str:
+        if char == "\n":
+            rest, verbatim = self._end_word(), self._line.lstrip().startswith(self.VERBATIM[1:])
+            self._fenced ^= verbatim
+            self._line, self._column, self._blanks = "", 0, ""
+            return rest + char
+        self._line += char if len(self._line.lstrip()) < len("```") else ""
+        if self._fenced or self._line.lstrip().startswith(self.VERBATIM):
+            return self._end_word() + char
+        if char == " ":
+            rest = self._end_word()
+            self._blanks += char
+            return rest
+        # Scripts without blanks may break at any wide character.
+        rest = self._end_word() if width(char) > 1 else ""
+        self._word += char
+        return rest
+
+    def _end_word(self) -> str:
+        if not self._word:
+            return ""
+        word, taken, columns = self._blanks + self._word, width(self._word), self._columns()
+        if self._column and self._column + len(self._blanks) + taken > columns >= taken:
+            word, self._column = "\n" + self._word, taken
+        else:
+            self._column = (self._column + len(self._blanks) + taken) % columns
+        self._word = self._blanks = ""
+        return word
+
+
+GREEN, RED, DIM, PLAIN, ERASE_BELOW = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[0m", "\x1b[J"
+
+# Before a line tells what is going on, and between two looks at it.
+PATIENCE_S, TICK_S = 0.3, 0.1
 
 
 class Screen:
@@ -1838,13 +1894,15 @@ class Screen:
         self.dumb = os.environ.get("TERM", "dumb") == "dumb"
         self.styled = not (self.dumb or os.environ.get("NO_COLOR"))
         self.hide_thoughts = False
+        self._wrap = WordWrap(self._columns)
         # The kind of the last piece of a reply, and newlines that may turn out to end it.
         self._kind = ""
         self._newlines = ""
-        # When the wait or the hidden thought that goes on now began.
+        # When a hidden thought began.
         self._since_s = 0.0
-        # A line that is on the screen only as long as something lasts.
+        # A line tells what is going on, on a terminal, as long as it lasts.
         self._status = ""
+        self._ticks: tuple[threading.Event, threading.Thread] | None = None
 
     def write(self, text: str) -> None:
         """Put text into the session."""
@@ -1856,64 +1914,82 @@ class Screen:
         self._stderr.write(text)
         self._stderr.flush()
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, colour: str = DIM) -> None:
         """Tell the user something that is not part of the session, dim on a terminal."""
-        self._write_dim(cleaned(text), "\n")
+        self.end_wait()
+        text = cleaned(text)
+        if self._stderr.isatty():
+            wrap = WordWrap(self._columns)
+            text = wrap.feed(text) + wrap.flush()
+        self.hint(self._coloured(text, colour) + "\n")
 
     def error(self, text: str) -> None:
         """Say what went wrong."""
-        self._stderr.write(f"llmchat: error: {cleaned(text)}\n")
-        self._stderr.flush()
+        self.note(text, RED)
+
+    def wait(self, doing: Callable[[], str]) -> None:
+        """Have a line tell what is going on, until anything else is shown; `doing` is asked again and again."""
+        self.end_wait()
+        over = threading.Event()
+
+        def tick() -> None:
+            over.wait(PATIENCE_S - TICK_S)
+            while not over.wait(TICK_S):
+                self._show_status(doing())
+
+        if self._stderr.isatty():
+            self._ticks = over, threading.Thread(target=tick, daemon=True)
+            self._ticks[1].start()
+
+    def end_wait(self) -> None:
+        """Take the line away that tells what is going on."""
+        if self._ticks:
+            over, thread = self._ticks
+            over.set()
+            thread.join()
+            self._ticks = None
+            self._show_status("")
 
     def show(self, piece: Piece) -> None:
         """Show a piece of a reply. Newlines around thought and answer are replaced by a blank line between."""
-        if piece.kind == "reading":
-            if self._waited_s() > PATIENCE_S:
-                self._show_status(f"reading the prompt: {piece.text}")
-        elif piece.kind == "thought" and (self.hide_thoughts or not self.watched):
-            if piece.text.strip() and self._kind != "hidden":
-                self._begin_section("hidden" if self.watched else self._kind)
-            if self._kind == "hidden" or not self.watched:
-                self._show_status(f"thinking: {self._waited_s():.0f} s")
-        elif piece.kind == "notice":
-            self._end_status()
+        if piece.kind == "notice":
+            self.end_reply()
             self.note(piece.text)
-        else:
-            self._end_status()
+        elif piece.kind == "thought" and (self.hide_thoughts or not self.watched):
+            self._hide(piece.text)
+        elif piece.kind != "reading":
+            self.end_wait()
             self._show_text(piece.kind, cleaned(piece.text))
 
     def end_reply(self) -> None:
         """Finish the line of a reply, if there was one."""
-        self._end_status()
+        self.end_wait()
         if self._kind:
             self._end_section()
             self.write("\n")
-            self._kind = ""
+        self._kind, self._since_s = "", 0.0
 
-    def _waited_s(self) -> float:
-        self._since_s = self._since_s or time.monotonic()
-        return time.monotonic() - self._since_s
+    def _columns(self) -> int:
+        stream = self._stdout if self._stdout.isatty() else self._stderr
+        return os.get_terminal_size(stream.fileno()).columns or 80
 
-    def _write_dim(self, text: str, end: str = "") -> None:
-        dim = self._stderr.isatty() and self.styled
-        self._stderr.write(f"{DIM}{text}{PLAIN}{end}" if dim else text + end)
-        self._stderr.flush()
+    def _coloured(self, text: str, colour: str) -> str:
+        return f"{colour}{text}{PLAIN}" if self.styled and self._stderr.isatty() else text
 
     def _show_status(self, text: str) -> None:
         # It is kept narrow, as only one row can be taken back.
-        if self._stderr.isatty():
-            text = text[: (os.get_terminal_size(self._stderr.fileno()).columns or 80) - 1]
-            if text != self._status:
-                self._write_dim("\r" + text.ljust(len(self._status)))
-                self._status = text
+        text = cleaned(text)[: self._columns() - 1]
+        if text != self._status:
+            self.hint("\r" + self._coloured(text.ljust(len(self._status)), DIM) + "\r" * (not text))
+            self._status = text
 
-    def _end_status(self) -> None:
-        if self._status:
-            self._write_dim("\r" + " " * len(self._status) + "\r")
-        if self._kind == "hidden":
-            thought = f"thought for {self._waited_s():.1f} s"
-            self.write(f"{DIM}{thought}{PLAIN}" if self.styled else thought)
-        self._status, self._since_s = "", 0.0
+    def _hide(self, text: str) -> None:
+        """Show that the model thinks, and in the end how long it did."""
+        if text.strip() and not self._since_s:
+            self._since_s = time.monotonic()
+            self.wait(lambda: f"thinking: {time.monotonic() - self._since_s:.0f} s")
+            if self.watched:
+                self._begin_section("hidden")
 
     def _show_text(self, kind: str, text: str) -> None:
         if kind != self._kind:
@@ -1923,18 +1999,24 @@ class Screen:
             self._begin_section(kind)
         text = self._newlines + text
         self._newlines = text[len(text.rstrip("\n")) :]
-        self.write(text.rstrip("\n"))
+        text = text.rstrip("\n")
+        self.write(self._wrap.feed(text) if self._stdout.isatty() else text)
 
     def _begin_section(self, kind: str) -> None:
+        labelled = self.watched and not self.styled and "thought" in (kind, self._kind)
         if self._kind:
             self._end_section()
             self.write("\n\n" * (kind != self._kind))
-        self._kind = kind
+        self._kind, self._wrap = kind, WordWrap(self._columns)
+        self.write({"thought": "thinking:\n", "answer": "answer:\n"}.get(kind, "") * labelled)
         self.write(DIM if kind == "thought" and self.styled else "")
 
     def _end_section(self) -> None:
+        if self._kind == "hidden":
+            thought = f"thought for {time.monotonic() - self._since_s:.1f} s"
+            self.write(f"{DIM}{thought}{PLAIN}" if self.styled else thought)
         self._newlines = ""
-        self.write(PLAIN if self._kind == "thought" and self.styled else "")
+        self.write(self._wrap.flush() + (PLAIN if self._kind == "thought" and self.styled else ""))
 
 
 # ----------------------------------------------------------------------------------- Line editor
@@ -2495,21 +2577,36 @@ class Chat:
             self._unkept = True
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
-        self._screen.hide_thoughts = self._settings.hide_thoughts
+        self._screen.hide_thoughts, doing = self._settings.hide_thoughts, "reading the prompt"
+        self._screen.wait(lambda: "stopping..." if self._interrupts.pressed else doing)
         self._interrupts.preparing = True
         # To close a reply is to stop it.
         with contextlib.closing(pieces):
             for piece in pieces:
                 self._interrupts.preparing = False
+                if piece.kind == "reading" and piece.text:
+                    doing = f"reading the prompt: {piece.text}"
                 self._screen.show(piece)
                 if self._interrupts.pressed:
                     break
         self._screen.end_reply()
-        statistics = self._conversation.statistics
-        if statistics and statistics.finish_reason == "length":
-            advice = "/continue goes on" if self._settings.prompt is None else "--max-tokens allows more"
-            self._screen.note(f"Cut at {statistics.answer_tokens or statistics.generation_tokens} tokens; {advice}.")
-        if statistics and statistics.finish_reason and self._settings.stats:
+        self._end(self._conversation.statistics)
+
+    def _end(self, statistics: Statistics | None) -> None:
+        """Say how a reply ended, where that is not plain to see."""
+        reply: Message = self._conversation.messages[-1] if self._conversation.messages else {}
+        ended, said = (statistics.finish_reason, statistics.generation_tokens) if statistics else (None, 0)
+        goes_on = "/continue goes on" + ", /answer ends the thought" * (
+            "reasoning_content" in reply and not reply["content"]
+        )
+        if self._interrupts.pressed:
+            self._screen.note(f"Stopped; {goes_on}." if said else "Stopped.")
+        elif ended == "length":
+            goes_on = goes_on if self._settings.prompt is None else "--max-tokens allows more"
+            self._screen.note(f"Cut at {statistics and statistics.answer_tokens or said} tokens; {goes_on}.")
+        elif ended == "stop" and not reply["content"].strip():
+            self._screen.note("(an empty reply)")
+        if statistics and ended and self._settings.stats:
             self._screen.note(statistics.line())
 
     @command()
@@ -2766,7 +2863,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
             time.sleep(0.5)
             complaint = f"On {os.uname().nodename}: {complaint}"
-        Screen(sys.stdout, sys.stderr, watched=False).error(complaint)
+        Screen(sys.stdout, sys.stderr, watched=False).error(f"llmchat: error: {complaint}")
     return signals.status or status
 
 
