@@ -60,6 +60,7 @@ import locale
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 import termios
@@ -70,6 +71,7 @@ import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, NoReturn, TextIO
+from urllib.parse import quote, unquote
 
 __version__ = "0.1.0"
 
@@ -225,8 +227,12 @@ class Settings:
     think: bool | str | None = option(None, effort, "low|medium|high", "have a reasoning model think, and how much")
     max_thought_tokens: int = option(8192, number(int, 0), "N", "the longest thought, in tokens; 0 is no limit")
     hide_thoughts: bool = option(False, switch, None, "show that a reasoning model thinks, not what")
+    recommended: bool = option(False, switch, None, "sample as the model's author recommends", FILE)
     stats: bool = option(False, switch, None, "show time, tokens and cache use after each reply")
+    file: tuple[str, ...] = option((), str, "PATH", "put a file before the first prompt; can be given again", FLAG)
     session: str | None = option(None, str, "FILE", "go on with the conversation in FILE, and keep it there", FLAG)
+    resume: bool = option(False, switch, None, "go on with the last conversation, of MODEL if it is named", FLAG, "-c")
+    keep: bool = option(True, switch, None, "keep every conversation in ~/.llmchat", FILE)
     adapter: str | None = option(None, str, "FOLDER", "a LoRA adapter to load on top of the model", FILE)
     revision: str | None = option(None, str, "NAME", "the branch, tag or commit of the repository", FILE)
     trust_remote_code: bool = option(False, switch, None, "run code that the model repository brings along", FLAG)
@@ -256,6 +262,23 @@ class Settings:
         self.sources[name] = source
         return name
 
+    def recommend(self, config: dict[str, Any]) -> str:
+        """Take a `generation_config.json` for all that the user gave no value for; return what is new, in words.
+
+        Raises `ChatError` for a value that can't be taken.
+        """
+        advice = {name: config[name] for name in RECOMMENDABLE if config.get(name) is not None}
+        advice.update({"temperature": 0} if config.get("do_sample") is False else {})
+        new = {
+            name: value for name, value in advice.items() if name not in self.sources and value != getattr(self, name)
+        }
+        for name, value in new.items():
+            try:
+                self.change(name, str(value), "generation_config.json")
+            except argparse.ArgumentTypeError as error:
+                raise ChatError(f"{name} of generation_config.json {error}: leave out --recommended.") from error
+        return ", ".join(f"{name.replace('_', '-')} {shown_value(getattr(self, name))}" for name in new)
+
     def read(self, path: Path) -> None:
         """Take in a file of `key = value` lines, if it is there.
 
@@ -274,7 +297,7 @@ class Settings:
                 if text and not equals:
                     raise argparse.ArgumentTypeError("is not of the form 'key = value'")
                 if text:
-                    self.change(key, value, str(path))
+                    self.change(key, re.sub(r"""^(["'])(.*)\1$""", r"\2", value), str(path))
             except argparse.ArgumentTypeError as error:
                 raise ChatError(f"{path}:{count}: {key} {error}", 2) from error
 
@@ -286,6 +309,9 @@ class Settings:
 OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata
 }
+
+# The parameters that a model's author may recommend.
+RECOMMENDABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 # The field that each key sets, and whether the key turns a switch round.
 KEYS = {name.replace("_", "-"): (name, False) for name in OPTIONS}
@@ -309,8 +335,8 @@ def argument_parser() -> argparse.ArgumentParser:
             continue
         flags = [*about.flags, key if name == "model" else f"--{key}"]
         if about.parse is not switch and not negated:
-            nargs = "?" if name == "model" else None
-            parser.add_argument(*flags, type=about.parse, nargs=nargs, metavar=about.metavar, help=about.help)
+            how: dict[str, Any] = {"nargs": "?"} if name == "model" else {"action": "append"} if name == "file" else {}
+            parser.add_argument(*flags, type=about.parse, metavar=about.metavar, help=about.help, **how)
         elif not negated:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, help=about.help)
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
@@ -434,6 +460,8 @@ KEPT = "Every finished file is kept; run the same command again to fetch the res
 
 def hub_cache() -> Path:
     """Return the folder in which huggingface-hub keeps models."""
+    # One line of ours tells how far a download is.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with foreign(IMPORT_FAILURE):
         from huggingface_hub import constants
 
@@ -468,18 +496,35 @@ def cached_models() -> list[str]:
     return [name for name in names if not missing_files(snapshot(name, None))]
 
 
-def read_ahead(files: Sequence[Path]) -> None:
-    """Have weight files read into the page cache in the background, while the libraries are imported."""
+def full_name(name: str) -> str:
+    """Return the repository that a name means: without the hub's address, with the case and the owner of a cached one.
+
+    Another case or a left out owner counts where just one repository in the hub cache has such a name.
+    """
+    name = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/(models/)?([^/]+/[^/?#]+).*", r"\5", name)
+    if not REPOSITORY.fullmatch(name) or Path(name).exists() or not missing_files(snapshot(name, None)):
+        return name
+    meant = [cached for cached in cached_models() if f"/{cached}".lower().endswith(f"/{name}".lower())]
+    return meant[0] if len(meant) == 1 else name
+
+
+def read_ahead(files: Sequence[Path]) -> list[int]:
+    """Have weight files read into the page cache in the background, while the libraries are imported.
+
+    Returns a list that grows by the bytes of each part that was read.
+    """
+    read: list[int] = []
 
     def run() -> None:
         buffer = bytearray(1 << 21)
         for file in files:
             # The load that follows says it if something is wrong with a file.
             with contextlib.suppress(OSError), open(file, "rb", buffering=0) as stream:
-                while stream.readinto(buffer):
-                    pass
+                while count := stream.readinto(buffer):
+                    read.append(count)
 
     threading.Thread(target=run, daemon=True).start()
+    return read
 
 
 # The sentences for huggingface-hub's errors, by class or else by HTTP status; hundreds stand for all of a kind.
@@ -561,6 +606,8 @@ class Model:
     tokenizer: Any
     context_length: int | None
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
+    # The author's `generation_config.json`, if it was asked for.
+    recommended: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def _function(self) -> Any:
@@ -659,6 +706,17 @@ def damage(file: Path) -> str:
         return one_line(error)
 
 
+def sizes_in(folder: Path) -> int:
+    """Return the bytes of all files in a folder, also of those that are still coming."""
+    with contextlib.suppress(OSError):
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    return 0
+
+
+# From here on a wait tells how long it takes.
+PATIENT_S = 5
+
+
 class Loader:
     """Finds, checks and loads one model. Every method raises `ChatError` where the model can't be used."""
 
@@ -666,7 +724,23 @@ class Loader:
         self._settings, self._hosts = settings, hosts
         self._name = str(settings.model)
         self._folder = Path(os.path.expanduser(self._name))
+        self._begin("looking for it")
 
+    def progress(self) -> str:
+        """Return what is going on, in words, for as long as `load` takes; another thread may ask."""
+        spent_s, done, total = time.monotonic() - self._since_s, self._done(), self._total
+        if not total:
+            return f"{self._doing}{f': {spent_s:.0f} s' * (spent_s > PATIENT_S)}"
+        line = f"{self._doing}: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        if self._doing == "loading" or not done:
+            return line
+        left_s = (total - done) * spent_s / done
+        return f"{line} · {done / spent_s / 1e6:.1f} MB/s · {left_s // 60:.0f}:{left_s % 60:02.0f} left"
+
+    def _begin(self, doing: str, total_bytes: int = 0, done: Callable[[], int] = lambda: 0) -> None:
+        self._doing, self._done, self._total, self._since_s = doing, done, total_bytes, time.monotonic()
+
+    @quiet()
     def load(self) -> Model:
         """Return the model, from its folder, from the hub cache, or downloaded."""
         if not (self._name and os.path.isdir(self._folder)):
@@ -674,7 +748,8 @@ class Loader:
         elif self._settings.revision:
             raise ChatError(f"{self._name} is a folder, which has no revisions: leave out --revision.")
         weights = sorted(self._folder.glob(WEIGHTS))
-        read_ahead(weights)
+        read = read_ahead(weights)
+        self._begin("loading", sum(file.stat().st_size for file in weights), lambda: sum(read))
         with foreign(IMPORT_FAILURE):
             import mlx_lm.utils  # noqa: F401
         config = self._check_folder(weights)
@@ -684,7 +759,17 @@ class Loader:
                 f"{self._name} has no chat template, so it can't hold a conversation; name its instruct-tuned sibling,"
                 f" or try {EXAMPLE_MODEL}."
             )
-        return Model(self._name, net, tokenizer, context_length(config), self._hosts)
+        return Model(self._name, net, tokenizer, context_length(config), self._hosts, self._recommended())
+
+    def _recommended(self) -> dict[str, Any]:
+        file = self._folder / "generation_config.json"
+        try:
+            config = json.loads(file.read_bytes()) if self._settings.recommended else {}
+        except (OSError, ValueError) as error:
+            raise ChatError(
+                f"{file.name} of {self._name} can't be read: {reason(error)}. Leave out --recommended."
+            ) from error
+        return config if isinstance(config, dict) else {}
 
     def _broken(self, what: str) -> ChatError:
         repository = self._folder.parent.parent
@@ -715,6 +800,7 @@ class Loader:
         """Fetch what is missing of the repository into the hub cache, once it is known to be of use."""
         from huggingface_hub import HfApi, constants, hf_hub_download
 
+        self._begin(f"asking {constants.ENDPOINT} for {self._name}; it is tried again until it answers")
         name, revision, timeout = self._name, self._settings.revision, constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -726,6 +812,9 @@ class Loader:
         wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
         missing = sorted((file for file in wanted if not (self._folder / file).exists()), key=sizes.__getitem__)
         self._check_disk(sum(map(sizes.__getitem__, missing)))
+        blobs = self._folder.parent.parent / "blobs"
+        before = sizes_in(blobs)
+        self._begin("downloading", sum(map(sizes.__getitem__, missing)), lambda: sizes_in(blobs) - before)
         # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C until
         # the files that its threads are at are done.
         for file in missing:
@@ -867,7 +956,6 @@ class Loader:
         return loaded[0], loaded[1]
 
 
-@quiet()
 def load_model(settings: Settings, hosts: Hosts | None = None) -> Model:
     """Find, check and load the model. Raises `ChatError` where it can't be used."""
     return Loader(settings, hosts or Hosts()).load()
@@ -1409,6 +1497,12 @@ class Conversation:
         """The hosts that hold the model."""
         return self._model.hosts
 
+    def measure(self, text: str) -> str:
+        """Return the size of a text in tokens, in words that say if it can't fit."""
+        size, limit = len(self._model.encode(text)), self._model.context_length
+        full = f", and doesn't fit: {self._model.name} takes {limit}" if limit and size > limit else ""
+        return f"{size} tokens{full}"
+
     def seed(self, seed: int | None) -> None:
         """Make what is sampled from here on repeatable; None leaves chance to chance, the same on all hosts."""
         import mlx.core as mx
@@ -1705,6 +1799,18 @@ def as_lines(messages: Iterable[Message]) -> bytes:
     return b"".join(json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n" for message in messages)
 
 
+def as_markdown(messages: Iterable[Message]) -> bytes:
+    """Write messages as Markdown, with the thoughts folded."""
+    names = {"system": "System", "user": "You", "assistant": "Model"}
+    parts = []
+    for message in messages:
+        parts.append(f"**{names[message['role']]}:**")
+        if thought := message.get("reasoning_content"):
+            parts.append(f"<details><summary>Thought</summary>\n\n{thought.strip()}\n\n</details>")
+        parts.append(message["content"].strip())
+    return "\n\n".join([*parts, ""]).encode(errors="replace")
+
+
 def read_messages(lines: Iterable[bytes]) -> list[Message]:
     """Read the messages in the lines of a session, with whatever further keys they have. Raises `ValueError`."""
     messages: list[Message] = []
@@ -1733,6 +1839,7 @@ class SessionFile:
         self._path = path
         try:
             self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+            self.written_s = os.fstat(self._file.fileno()).st_mtime
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.messages = read_messages(self._file)
         except BlockingIOError as error:
@@ -1758,6 +1865,46 @@ class SessionFile:
             raise ChatError(f"{self._path} could not be written: {error.strerror}. /save FILE may.") from error
         replaced.close()
         self.messages = list(messages)
+
+
+class KeptChats:
+    """The last conversations, each in a session file named by its time and its model, readable by the user alone."""
+
+    MOST = 50
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.jsonl"), key=lambda file: file.stat().st_mtime, reverse=True)
+
+    @staticmethod
+    def _key(model: str) -> str:
+        """Return the part of a file's name that names the model, wherever the program is started."""
+        folder = Path(os.path.expanduser(model))
+        return quote(str(folder.resolve()) if folder.is_dir() else model, safe="")
+
+    def begin(self, model: str) -> SessionFile:
+        """Begin a file; the oldest of too many go. Raises `ChatError`."""
+        try:
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            for file in self._files()[self.MOST - 1 :]:
+                file.unlink()
+        except OSError as error:
+            raise ChatError(f"{self.folder} can't be used to keep conversations: {reason(error)}.") from error
+        moment = f"{time.strftime('%Y-%m-%d %H.%M.%S')}.{time.time_ns() // 1_000_000 % 1000:03}"
+        return SessionFile(self.folder / f"{moment} {self._key(model)}.jsonl")
+
+    def latest(self, model: str | None, warn: Callable[[str], None]) -> tuple[SessionFile, str]:
+        """Return the last conversation, of this model if one is named, and its model. Raises `ChatError`."""
+        for file in self._files():
+            key = file.stem.partition(" ")[2].partition(" ")[2]
+            if model is None or key == self._key(model):
+                try:
+                    return SessionFile(file), model or unquote(key)
+                except ChatError as error:
+                    warn(f"Passed over: {error}")
+        raise ChatError(f"There is no conversation{f' with {model}' if model else ''} in {self.folder} to go on with.")
 
 
 class PromptHistory:
@@ -2072,6 +2219,8 @@ class Keyboard:
 
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way."""
+        for number in (signal.SIGWINCH, signal.SIGCONT):
+            signal.signal(number, signal.SIG_DFL)
         os.close(self._wake)
         self._thread.join()
         os.dup2(self._terminal, self._stdin)
@@ -2206,6 +2355,7 @@ class LineEditor:
         self._stdin, self._screen, self._history = stdin, screen, history
         self.interactive = stdin.isatty() and screen.watched
         self._keyboard: Keyboard | None = None
+        self._on_escape: Callable[[], None] = lambda: None
         self._readline: Any = None
         self._libedit = False
         # The marks that stand for texts in libedit's lines.
@@ -2220,18 +2370,18 @@ class LineEditor:
         `complete` returns the lines that a line's beginning may become; `on_escape` is called by another thread when
         Esc is pressed while no prompt is read.
         """
+        self._on_escape = on_escape
         # The editor looks at the locale when it is imported.
         use_utf8()
-        with contextlib.suppress(ImportError):
+        try:
             # The keyboard comes first: the editor's own handler of SIGWINCH then calls the keyboard's before it looks.
-            self._keyboard = Keyboard(self._stdin, self._as_keys, on_escape)
+            self._take_terminal()
             import readline
-
-            self._readline = readline
-        if not self._readline:
+        except ImportError:
             # Some Pythons are built without it; the terminal's own line editing has to do then.
             self.close()
             return
+        self._readline = readline
         # Before Python 3.13 only the docstring says which of the two it is.
         self._libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
         readline.set_auto_history(False)
@@ -2239,8 +2389,6 @@ class LineEditor:
             for prompt in self._history.load() if self._history else []:
                 readline.add_history(self._held(prompt))
         self._bind_keys(complete)
-        if not self._screen.dumb:
-            self._screen.write(MARK_PASTES)
 
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way."""
@@ -2249,6 +2397,22 @@ class LineEditor:
             keyboard.close()
             with contextlib.suppress(OSError):
                 self._screen.write(LEAVE_PASTES * (not self._screen.dumb))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let another program have the terminal, as it was found. Raises `ChatError` where there is none."""
+        if not self._keyboard:
+            raise ChatError("There is no terminal to edit on.")
+        self.close()
+        try:
+            yield
+        finally:
+            self._take_terminal()
+
+    def _take_terminal(self) -> None:
+        self._keyboard = Keyboard(self._stdin, self._as_keys, self._on_escape)
+        if not self._screen.dumb:
+            self._screen.write(MARK_PASTES)
 
     def _bind_keys(self, complete: Callable[[str], Iterable[str]]) -> None:
         readline = self._readline
@@ -2367,7 +2531,7 @@ KEYS_HELP = (
     ('Alt+Enter, """', "a new line (not with libedit); begin and end a prompt of several lines"),
     ("//", "begin a prompt with a slash"),
 )
-HISTORY_FILE = ".llmchat_history"
+HISTORY_FILE, KEPT_FOLDER = ".llmchat_history", ".llmchat"
 
 
 class Interrupts:
@@ -2423,6 +2587,13 @@ def command(arguments: str = "") -> Callable[[Callable[[Chat, str], None]], Call
     return declare
 
 
+def file_names(start: str) -> list[str]:
+    """Return the names of files that begin so, folders with a slash."""
+    found = glob.glob(glob.escape(os.path.expanduser(start)) + "*")
+    head = start[: start.rfind("/") + 1]
+    return sorted(head + os.path.basename(name) + "/" * os.path.isdir(name) for name in found)
+
+
 def completions(line: str) -> list[str]:
     """Return the lines that Tab may make of a line's beginning: commands, keys of `/set`, file names, or just a tab."""
     if not line.startswith("/"):
@@ -2435,11 +2606,46 @@ def completions(line: str) -> list[str]:
         wholes = (
             f"/set {key} " for key, (name, negated) in KEYS.items() if OPTIONS[name].scope is CHAT and not negated
         )
-    elif word == "/save":
-        found = glob.glob(glob.escape(os.path.expanduser(rest)) + "*")
-        head = rest[: rest.rfind("/") + 1]
-        wholes = sorted(f"/save {head}{os.path.basename(name)}" + "/" * os.path.isdir(name) for name in found)
+    elif word in ("/save", "/file"):
+        # Only /file takes several, and it splits them at spaces.
+        name = rest.rpartition(" ")[2] if word == "/file" else rest
+        wholes = (line[: len(line) - len(name)] + found for found in file_names(name))
     return [whole for whole in wholes if whole.startswith(line) and cleaned(whole) == whole]
+
+
+def read_texts(pattern: str) -> list[str]:
+    """Return the text of each file that a path or a pattern names, under its name. Raises `ChatError`."""
+    path = os.path.expanduser(pattern)
+    found = [path] if os.path.exists(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    if not found:
+        raise ChatError(f"There is no file {shortened(pattern)}: nothing is added.")
+    texts = []
+    for name in found:
+        try:
+            text = Path(name).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise ChatError(f"{shortened(name)} can't be read as text: {reason(error)}. Nothing is added.") from error
+        if "\0" in text:
+            raise ChatError(f"{shortened(name)} is no text: nothing is added.")
+        texts.append(f"{name}:\n\n{text.strip()}")
+    return texts
+
+
+def put_in_clipboard(text: str, screen: Screen) -> None:
+    """Put a text into the clipboard by the first program there is for it, or else by asking the terminal (OSC 52)."""
+    import base64
+    import shutil
+    import subprocess
+
+    programs = [("pbcopy", "HOME"), ("wl-copy", "WAYLAND_DISPLAY"), ("xclip -selection clipboard", "DISPLAY")]
+    # Within tmux an OSC 52 of a program's own is dropped by default; this has tmux itself send one.
+    programs.append(("tmux load-buffer -w -", "TMUX"))
+    for words in (program.split() for program, needs in programs if os.environ.get(needs)):
+        if shutil.which(words[0]):
+            if subprocess.run(words, input=text.encode(errors="replace"), check=False).returncode:
+                raise ChatError(f"{words[0]} could not copy it.")
+            return
+    screen.write(f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\x07" * screen.watched)
 
 
 def as_typed(prompt: str) -> str:
@@ -2457,15 +2663,18 @@ class Chat:
         editor: LineEditor,
         settings: Settings,
         session: SessionFile | None = None,
+        kept: KeptChats | None = None,
         interrupts: Interrupts | None = None,
     ) -> None:
         self._conversation = conversation
         self._screen, self._editor = screen, editor
         self._settings = settings
-        self._session = session
+        self._session, self._kept = session, kept
         self._interrupts = interrupts or Interrupts()
         # An error was said; the session could not be written last time.
         self.failed = self._unkept = False
+        # The texts of files that go before the next prompt.
+        self._files: list[str] = []
         # The text that stands in the next line for editing.
         self.draft = ""
 
@@ -2542,14 +2751,14 @@ class Chat:
 
     def say(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
-        before = self._conversation.messages
+        before, prompt = self._conversation.messages, "\n\n".join([*self._files, prompt])
         # The prompt is written down before its reply comes: a crash loses only the reply.
         self._keep({"role": "user", "content": prompt})
         try:
             self._show(self._conversation.reply(prompt))
         finally:
             if self._conversation.messages is not before:
-                self.draft = ""
+                self._files, self.draft = [], ""
                 self._keep()
 
     def say_once(self, prompt: str) -> int:
@@ -2568,6 +2777,8 @@ class Chat:
     def _keep(self, *asked: Message) -> None:
         """Write the conversation down. That it can't be written is said once, and the chat goes on."""
         try:
+            if self._session is None and self._kept and self._conversation.messages:
+                self._session = self._kept.begin(str(self._settings.model))
             if self._session:
                 self._session.save([*self._messages(), *asked])
             self._unkept = False
@@ -2575,6 +2786,18 @@ class Chat:
             if not self._unkept:
                 self._complain(error)
             self._unkept = True
+
+    def _set_aside(self) -> None:
+        """Keep the conversation as it is on disk now: what follows is another one."""
+        session = self._session
+        if self._kept and session and session.messages:
+            if self._settings.session is None:
+                self._session = None
+            else:
+                copy, messages = self._kept.begin(str(self._settings.model)), session.messages
+                session = copy
+                copy.save(messages)
+            session.close()
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
         self._screen.hide_thoughts, doing = self._settings.hide_thoughts, "reading the prompt"
@@ -2603,7 +2826,7 @@ class Chat:
             self._screen.note(f"Stopped; {goes_on}." if said else "Stopped.")
         elif ended == "length":
             goes_on = goes_on if self._settings.prompt is None else "--max-tokens allows more"
-            self._screen.note(f"Cut at {statistics and statistics.answer_tokens or said} tokens; {goes_on}.")
+            self._screen.note(f"Cut at {(statistics and statistics.answer_tokens) or said} tokens; {goes_on}.")
         elif ended == "stop" and not reply["content"].strip():
             self._screen.note("(an empty reply)")
         if statistics and ended and self._settings.stats:
@@ -2620,6 +2843,7 @@ class Chat:
     @command()
     def _clear(self, rest: str) -> None:
         """Start a new conversation; /undo brings this one back."""
+        self._set_aside()
         self._conversation.clear()
         self._screen.note("A new conversation.")
 
@@ -2655,11 +2879,14 @@ class Chat:
 
     @command("[KEY VALUE]")
     def _set(self, rest: str) -> None:
-        """List the settings, or change one."""
-        key, _, value = rest.partition(" ")
-        if not key:
-            self._list_settings()
+        """List the settings, show one, or change it; the value default puts it back."""
+        key, value = [*re.split(r"[\s=]+", rest, maxsplit=1), ""][:2]
+        name = KEYS.get(key.lower().replace("_", "-"), ("", False))[0]
+        if not value and (not key or name):
+            self._list_settings([name] if name else [name for name in OPTIONS if OPTIONS[name].scope is CHAT])
             return
+        if name == "system":
+            self._set_aside()
         try:
             name = self._settings.change(key, value.strip(), "here", [CHAT])
         except argparse.ArgumentTypeError as error:
@@ -2677,24 +2904,81 @@ class Chat:
         """Show statistics after each reply, or no longer."""
         self._set(f"stats {rest or ('off' if self._settings.stats else 'on')}")
 
+    @command("[PATH ...]")
+    def _file(self, rest: str) -> None:
+        """Put files before the next prompt; - drops them."""
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise ChatError(f"/file {shortened(rest)}: {one_line(error)}") from error
+        if words == ["-"]:
+            self._files = []
+        else:
+            self.add_files(words)
+        for text in self._files:
+            self._screen.note(f"{text.partition(chr(10))[0]} {self._conversation.measure(text)}")
+        if not self._files:
+            self._screen.note("No files wait for the next prompt.")
+
+    def add_files(self, patterns: Sequence[str]) -> None:
+        """Put files before the next prompt. Raises `ChatError`, with none added, if one can't be read."""
+        self._files += [text for pattern in patterns for text in read_texts(pattern)]
+
+    @command("[TEXT]")
+    def _edit(self, rest: str) -> None:
+        """Edit TEXT, or the last prompt, in $VISUAL or $EDITOR."""
+        import subprocess
+        import tempfile
+
+        program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+        before = [message["content"] for message in self._conversation.messages if message["role"] == "user"]
+        with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self._editor.lent():
+            file = Path(folder, "prompt.md")
+            file.write_text(rest or (before[-1] if before else ""), encoding="utf-8", errors="replace")
+            try:
+                status = subprocess.run([*shlex.split(program), str(file)], check=False).returncode
+                text = file.read_text(encoding="utf-8", errors="replace").strip("\n")
+            except (OSError, ValueError) as error:
+                raise ChatError(
+                    f"{program} can't be used to edit: {reason(error)}. Set EDITOR to another one."
+                ) from error
+        if status:
+            raise ChatError(f"{program} ended with status {status}: nothing is taken from it.")
+        self.draft = as_typed(text)
+
+    @command("[code [N]]")
+    def _copy(self, rest: str) -> None:
+        """Copy the last answer, or its last or Nth block of code."""
+        if not self._conversation.messages:
+            raise ChatError("There is no answer to copy.")
+        text = self._conversation.messages[-1]["content"].strip()
+        if rest:
+            asked = re.fullmatch(r"code(?:\s+(\d{1,4}))?", rest)
+            blocks = re.findall(r"^(```+|~~~+).*\n((?:.*\n)*?)\1", text, re.MULTILINE)
+            if not asked or not 0 < int(asked[1] or 1) <= len(blocks):
+                raise ChatError(f"/copy code N takes a number from 1 to {len(blocks)}: the blocks of the last answer.")
+            text = blocks[int(asked[1] or len(blocks)) - 1][1]
+        put_in_clipboard(text, self._screen)
+        self._screen.note(f"{len(text)} characters are copied.")
+
     @command("FILE")
     def _save(self, rest: str) -> None:
-        """Write the conversation, as --session does."""
+        """Write the conversation: NAME.md as Markdown, else as --session does."""
         if not rest:
             raise ChatError("/save needs the name of a file.")
         if self._conversation.hosts.rank:
             return
         path = Path(os.path.expanduser(rest))
+        written = as_markdown if path.suffix == ".md" else as_lines
         try:
             if path.exists():
                 raise ChatError(f"{path} is there already, and was not replaced: name another file.")
-            replace_file(path, as_lines(self._messages())).close()
+            replace_file(path, written(self._messages())).close()
         except (OSError, ValueError) as error:
             raise ChatError(f"{shortened(rest)} could not be written: {reason(error)}. Name another file.") from error
         self._screen.note(f"{len(self._conversation.messages)} messages are in {path}.")
 
-    def _list_settings(self) -> None:
-        names = [name for name, about in OPTIONS.items() if about.scope is CHAT]
+    def _list_settings(self, names: Sequence[str]) -> None:
         rows = [(name, shown_value(getattr(self._settings, name)), self._settings.sources.get(name)) for name in names]
         widths = [max(len(str(row[n])) for row in rows) for n in (0, 1)]
         for name, value, source in rows:
@@ -2718,15 +3002,17 @@ def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
     return prompt
 
 
-def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message], str]:
+def open_session(settings: Settings, kept: KeptChats, screen: Screen) -> tuple[SessionFile | None, list[Message], str]:
     """Return the session file, the turns in it, and a last prompt that is still without its reply.
 
-    The system prompt comes from the file unless one was given. Raises `ChatError`.
+    The system prompt comes from the file unless one was given, and so does the model. Raises `ChatError`.
     """
-    if settings.session is None:
-        return None, [], ""
-    session = SessionFile(Path(os.path.expanduser(settings.session)))
-    messages = list(session.messages)
+    session = None
+    if settings.session is not None:
+        session = SessionFile(Path(os.path.expanduser(settings.session)))
+    elif settings.resume:
+        session, settings.model = kept.latest(settings.model if "model" in settings.sources else None, screen.note)
+    messages = list(session.messages) if session else []
     draft = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else ""
     if messages and messages[0]["role"] == "system":
         settings.system = settings.system or messages[0]["content"]
@@ -2734,32 +3020,61 @@ def open_session(settings: Settings) -> tuple[SessionFile | None, list[Message],
     return session, messages, draft
 
 
+def load(settings: Settings, screen: Screen, hosts: Hosts) -> Model:
+    """Load the model that the settings name, and say so in a chat. Raises `ChatError`."""
+    if settings.model is None:
+        raise missing_model()
+    asked, settings.model = settings.model, full_name(settings.model)
+    if settings.prompt is None:
+        screen.write(f"Loading model {cleaned(settings.model)}...\n")
+    if asked != settings.model and screen.watched:
+        screen.note(f"{asked} is {settings.model} here.")
+    loader = Loader(settings, hosts)
+    screen.wait(loader.progress)
+    model = loader.load()
+    screen.end_wait()
+    if settings.prompt is None:
+        screen.write("Model loaded successfully!\n")
+    return model
+
+
+def welcome(screen: Screen, settings: Settings, session: SessionFile | None, turns: list[Message], leave: str) -> None:
+    """Say how to go on, and with which conversation."""
+    if screen.watched:
+        screen.note(f"{Path(str(settings.model)).name} · /help lists the commands · {leave}")
+    if session and turns:
+        count = f"{len(turns) // 2} turn{'s' * (len(turns) > len('ab'))}"
+        moment = time.localtime(session.written_s)
+        day = time.strftime("today, %H:%M" if moment[:3] == time.localtime()[:3] else "%Y-%m-%d, %H:%M", moment)
+        screen.note(f"Going on with {count} of {settings.session or day}.")
+        if screen.watched:
+            screen.note("\n".join(message["content"] for message in turns[-2:]))
+
+
 def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts) -> int:
     """Load the model, then chat or answer one prompt; return the exit status. Raises `ChatError`."""
     prompt = None if settings.prompt is None else one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
-    talks = editor.interactive and prompt is None
-    interrupts = Interrupts()
+    talks, interrupts = editor.interactive and prompt is None, Interrupts()
     if talks:
         # Before the model loads: keys that are typed meanwhile wait for the prompt.
         editor.open(completions, interrupts.press)
-    if prompt is None:
-        screen.write(f"Loading model {cleaned(str(settings.model))}...\n")
-    session, messages, draft = open_session(settings) if hosts.rank == 0 else (None, [], "")
-    settings.system, messages = hosts.share([settings.system, messages])
+    kept = KeptChats(Path(os.path.expanduser("~")) / KEPT_FOLDER)
+    session, messages, draft = open_session(settings, kept, screen) if hosts.rank == 0 else (None, [], "")
+    settings.model, settings.system, messages = hosts.share([settings.model, settings.system, messages])
     if draft and not talks:
         screen.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
-    conversation = Conversation(load_model(settings, hosts), settings, messages)
-    chat = Chat(conversation, screen, editor, settings, session, interrupts)
-    if doubt := conversation.doubt():
-        screen.note(doubt)
+    model = load(settings, screen, hosts)
+    advice = settings.recommend(model.recommended)
+    conversation = Conversation(model, settings, messages)
+    keeps = settings.keep and prompt is None and hosts.rank == 0
+    chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, interrupts)
+    for note in filter(None, (f"Recommended for this model: {advice}." * bool(advice), conversation.doubt())):
+        screen.note(note)
+    chat.add_files(settings.file)
     if prompt is not None:
         return chat.say_once(prompt)
-    screen.write("Model loaded successfully!\n")
-    if screen.watched:
-        leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
-        screen.note(f"{Path(str(settings.model)).name} · /help lists the commands · {leave}")
-    if turns := len(messages) // 2:
-        screen.note(f"Going on with {turns} turn{'s' * (turns > 1)} of {settings.session}.")
+    leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
+    welcome(screen, settings, session, messages, leave)
     if talks:
         chat.draft = as_typed(draft)
         signal.signal(signal.SIGINT, interrupts)
