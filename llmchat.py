@@ -70,7 +70,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, NoReturn, TextIO
+from typing import Any, Dict, NamedTuple, TextIO
 from urllib.parse import quote, unquote
 
 __version__ = "0.1.0"
@@ -2534,36 +2534,44 @@ KEYS_HELP = (
 HISTORY_FILE, KEPT_FOLDER = ".llmchat_history", ".llmchat"
 
 
-class Interrupts:
-    """Handles Ctrl+C on a terminal: it drops the line that is being read, and otherwise asks a reply to stop.
+class Signals:
+    """Handles the signals while entered, and gives them back.
 
-    Nothing is torn from its work but reading a line, rendering a prompt (a template may never end), and, by a second
-    press, an engine that doesn't stop.
+    They end the program by way of all that cleans up. In a chat on a terminal Ctrl+C does not: it drops the line that
+    is being read, and asks a reply to stop. Nothing else is torn from its work but the rendering of a prompt (a
+    template may never end), and, by a second press, an engine that doesn't stop.
     """
 
     def __init__(self) -> None:
-        self._reading = False
-        # A reply is to stop; it is still being prepared, and can be torn from that.
-        self.pressed = self.preparing = False
+        # The exit status, once a signal has ended the program.
+        self.status = 0
+        # Somebody chats; what goes on now can be torn from its work; a reply is to stop.
+        self.chatting = self.tearing = self.pressed = False
+
+    def __enter__(self) -> Signals:
+        self._found = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+        for number, found in self._found.items():
+            # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
+            if found is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._found.items():
+            signal.signal(number, handler)
 
     def press(self) -> None:
         """Ask the reply to stop."""
         self.pressed = True
 
-    def __call__(self, signum: int, frame: object) -> None:
-        """Handle SIGINT."""
-        if self._reading or self.preparing or self.pressed:
-            raise KeyboardInterrupt
-        self.press()
-
-    @contextlib.contextmanager
-    def raised(self) -> Iterator[None]:
-        """Raise Ctrl+C as `KeyboardInterrupt` while a line is read; an earlier press is forgotten."""
-        self.pressed, self.preparing, self._reading = False, False, True
-        try:
-            yield
-        finally:
-            self._reading = False
+    def _handle(self, signum: int, frame: object) -> None:
+        if signum == signal.SIGINT and self.chatting:
+            if self.tearing or self.pressed:
+                raise KeyboardInterrupt
+            self.press()
+        else:
+            self.status = 128 + signum
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(self.status)
 
 
 class Command(NamedTuple):
@@ -2664,13 +2672,13 @@ class Chat:
         settings: Settings,
         session: SessionFile | None = None,
         kept: KeptChats | None = None,
-        interrupts: Interrupts | None = None,
+        signals: Signals | None = None,
     ) -> None:
         self._conversation = conversation
         self._screen, self._editor = screen, editor
         self._settings = settings
         self._session, self._kept = session, kept
-        self._interrupts = interrupts or Interrupts()
+        self._signals = signals or Signals()
         # An error was said; the session could not be written last time.
         self.failed = self._unkept = False
         # The texts of files that go before the next prompt.
@@ -2705,8 +2713,11 @@ class Chat:
 
     def _read(self) -> str:
         draft, self.draft = self.draft, ""
-        with self._interrupts.raised():
+        self._signals.pressed, self._signals.tearing = False, True
+        try:
             return self._editor.read_prompt(draft)
+        finally:
+            self._signals.tearing = False
 
     def _respond(self, prompt: str) -> None:
         self._editor.remember(prompt)
@@ -2721,7 +2732,7 @@ class Chat:
             if not self._editor.interactive:
                 raise
             self._screen.end_reply()
-        self._interrupts.preparing = False
+        self._signals.tearing = False
         self._keep()
 
     def _complain(self, error: ChatError) -> None:
@@ -2801,16 +2812,16 @@ class Chat:
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
         self._screen.hide_thoughts, doing = self._settings.hide_thoughts, "reading the prompt"
-        self._screen.wait(lambda: "stopping..." if self._interrupts.pressed else doing)
-        self._interrupts.preparing = True
+        self._screen.wait(lambda: "stopping..." if self._signals.pressed else doing)
+        self._signals.tearing = True
         # To close a reply is to stop it.
         with contextlib.closing(pieces):
             for piece in pieces:
-                self._interrupts.preparing = False
+                self._signals.tearing = False
                 if piece.kind == "reading" and piece.text:
                     doing = f"reading the prompt: {piece.text}"
                 self._screen.show(piece)
-                if self._interrupts.pressed:
+                if self._signals.pressed:
                     break
         self._screen.end_reply()
         self._end(self._conversation.statistics)
@@ -2822,7 +2833,7 @@ class Chat:
         goes_on = "/continue goes on" + ", /answer ends the thought" * (
             "reasoning_content" in reply and not reply["content"]
         )
-        if self._interrupts.pressed:
+        if self._signals.pressed:
             self._screen.note(f"Stopped; {goes_on}." if said else "Stopped.")
         elif ended == "length":
             goes_on = goes_on if self._settings.prompt is None else "--max-tokens allows more"
@@ -3051,13 +3062,13 @@ def welcome(screen: Screen, settings: Settings, session: SessionFile | None, tur
             screen.note("\n".join(message["content"] for message in turns[-2:]))
 
 
-def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts) -> int:
+def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, signals: Signals) -> int:
     """Load the model, then chat or answer one prompt; return the exit status. Raises `ChatError`."""
     prompt = None if settings.prompt is None else one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
-    talks, interrupts = editor.interactive and prompt is None, Interrupts()
+    talks = editor.interactive and prompt is None
     if talks:
         # Before the model loads: keys that are typed meanwhile wait for the prompt.
-        editor.open(completions, interrupts.press)
+        editor.open(completions, signals.press)
     kept = KeptChats(Path(os.path.expanduser("~")) / KEPT_FOLDER)
     session, messages, draft = open_session(settings, kept, screen) if hosts.rank == 0 else (None, [], "")
     settings.model, settings.system, messages = hosts.share([settings.model, settings.system, messages])
@@ -3067,7 +3078,7 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts) ->
     advice = settings.recommend(model.recommended)
     conversation = Conversation(model, settings, messages)
     keeps = settings.keep and prompt is None and hosts.rank == 0
-    chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, interrupts)
+    chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals)
     for note in filter(None, (f"Recommended for this model: {advice}." * bool(advice), conversation.doubt())):
         screen.note(note)
     chat.add_files(settings.file)
@@ -3075,9 +3086,7 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts) ->
         return chat.say_once(prompt)
     leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
     welcome(screen, settings, session, messages, leave)
-    if talks:
-        chat.draft = as_typed(draft)
-        signal.signal(signal.SIGINT, interrupts)
+    chat.draft, signals.chatting = as_typed(draft) * talks, talks
     chat.run()
     return int(chat.failed and not editor.interactive)
 
@@ -3086,30 +3095,6 @@ def missing_model() -> ChatError:
     """Return the answer to a start without a model: the usage, and the models that are there already."""
     lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
     return ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
-
-
-class EndingSignals:
-    """While entered, ends the program on signals by way of all that cleans up; then gives them back."""
-
-    def __init__(self) -> None:
-        # The exit status, once a signal has come.
-        self.status = 0
-
-    def __enter__(self) -> EndingSignals:
-        self._found = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-        for number, found in self._found.items():
-            # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
-            if found is not signal.SIG_IGN:
-                signal.signal(number, self._leave)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._found.items():
-            signal.signal(number, handler)
-
-    def _leave(self, signum: int, frame: object) -> NoReturn:
-        self.status = 128 + signum
-        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(self.status)
 
 
 def open_streams() -> None:
@@ -3148,13 +3133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.", file=sys.stderr)
         return 1
     open_streams()
-    hosts, signals, complaint = Hosts(), EndingSignals(), ""
+    hosts, signals, complaint = Hosts(), Signals(), ""
     try:
         with signals:
             hosts = join_hosts()
             settings = Settings(**hosts.share(vars(read_settings(argv)) if hosts.rank == 0 else None))
             with open_stage(hosts) as (screen, editor):
-                return run(settings, screen, editor, hosts)
+                return run(settings, screen, editor, hosts, signals)
     except ChatError as error:
         complaint, status = str(error), error.status
     except KeyboardInterrupt:
