@@ -453,7 +453,8 @@ REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 GIB = 1 << 30
 OTHER_DISK = "Make room for it, or set HF_HOME to a folder on another disk."
 IMPORT_FAILURE = (
-    "The libraries can't be loaded: {}. Look at the variables HF_... and MLX... of the environment, or install anew."
+    "The libraries can't be loaded: {}. Look at the variables HF_... and MLX... and at the folder that"
+    " you are in, or install anew."
 )
 KEPT = "Every finished file is kept; run the same command again to fetch the rest."
 
@@ -732,7 +733,7 @@ class Loader:
         if not total:
             return f"{self._doing}{f': {spent_s:.0f} s' * (spent_s > PATIENT_S)}"
         line = f"{self._doing}: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
-        if self._doing == "loading" or not done:
+        if self._doing == "loading" or not done or spent_s < PATIENT_S:
             return line
         left_s = (total - done) * spent_s / done
         return f"{line} · {done / spent_s / 1e6:.1f} MB/s · {left_s // 60:.0f}:{left_s % 60:02.0f} left"
@@ -749,7 +750,7 @@ class Loader:
             raise ChatError(f"{self._name} is a folder, which has no revisions: leave out --revision.")
         weights = sorted(self._folder.glob(WEIGHTS))
         read = read_ahead(weights)
-        self._begin("loading", sum(file.stat().st_size for file in weights), lambda: sum(read))
+        self._begin("loading", done=lambda: sum(read))
         with foreign(IMPORT_FAILURE):
             import mlx_lm.utils  # noqa: F401
         config = self._check_folder(weights)
@@ -825,7 +826,8 @@ class Loader:
             names = [entry.name for entry in self._folder.iterdir()]
             self._check_names(names)
             config = self._check_config(names)
-            self._check_memory(sum(file.stat().st_size for file in weights))
+            self._total = sum(file.stat().st_size for file in weights)
+            self._check_memory(self._total)
         except OSError as error:
             raise self._broken(f"{self._name} can't be read: {one_line(error)}") from error
         for file in weights:
@@ -941,7 +943,7 @@ class Loader:
             loaded = load(str(self._folder), **options)
         except Exception as error:
             words, adapter = one_line(error), self._settings.adapter
-            if "trust_remote_code" in words:
+            if "trust_remote_code" in str(error):
                 raise self._untrusted() from error
             if os.strerror(errno.EMFILE) in words:
                 raise ChatError(
@@ -951,8 +953,8 @@ class Loader:
                 raise ChatError(
                     f"{self._name} can't be loaded with {adapter}: {words}. Name another adapter."
                 ) from error
-            missing = "".join(f" {name} is missing." for name in missing_files(self._folder)[:1])
-            raise self._broken(f"{self._name} could not be loaded: {words}.{missing}") from error
+            missing = "".join(f". {name} is missing" for name in missing_files(self._folder)[:1])
+            raise self._broken(f"{self._name} could not be loaded: {words}{missing}") from error
         return loaded[0], loaded[1]
 
 
@@ -1182,6 +1184,8 @@ class ThoughtFormat(NamedTuple):
             return {"role": message["role"], "content": answer}
         if self.place == "content" and thought:
             answer = said or self.start + thought + self.closing + answer
+            # A thought that was stopped is closed, or the template would take it for an answer.
+            answer += self.end * (self.end.strip() not in answer)
         kept = "" if self.place in ("", "content") else thought
         return {"role": "assistant", **in_place(self.place, kept, answer)}
 
@@ -2017,7 +2021,8 @@ class WordWrap:
         if self._column and self._column + len(self._blanks) + taken > columns >= taken:
             word, self._column = "\n" + self._word, taken
         else:
-            self._column = (self._column + len(self._blanks) + taken) % columns
+            # A row that is full to the last column is not left before the next character.
+            self._column = (self._column + len(self._blanks) + taken - 1) % columns + 1
         self._word = self._blanks = ""
         return word
 
@@ -2175,9 +2180,12 @@ BURST_S = 0.03
 MARK_PASTES, LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 PASTE_BEGINS, PASTE_ENDS, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
 
-# The next of the keys that wait: a marked paste, or all up to the end of a line; Alt+Enter ends none.
+# The next of the keys that wait: a marked paste, control keys, or text up to them or to the end of a line; Alt+Enter
+# is none.
 PASTE = re.compile(rb"\x1b\[200~(.*?)\x1b\[201~", re.DOTALL)
-TYPED = re.compile(rb"(?:(?!\x1b\[200~)(?:\x1b[\r\n]|[^\r\n]))*[\r\n]?")
+TYPED = re.compile(
+    rb"[\x00-\x08\x0b\x0c\x0e-\x1a\x7f]+|(?:(?!\x1b\[200~)(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]))*[\r\n]?"
+)
 
 
 class Keyboard:
@@ -2208,6 +2216,8 @@ class Keyboard:
         self._feeding = self.fed = False
         self._lock = threading.Lock()
         self._woken, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake)
         self._take_terminal()
         for number in (signal.SIGWINCH, signal.SIGCONT):
             signal.signal(number, self._take_terminal)
@@ -2221,6 +2231,7 @@ class Keyboard:
         """Leave the terminal as it was found, whatever was under way."""
         for number in (signal.SIGWINCH, signal.SIGCONT):
             signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
         os.close(self._wake)
         self._thread.join()
         os.dup2(self._terminal, self._stdin)
@@ -2266,8 +2277,13 @@ class Keyboard:
             # The editor says to nobody when it begins to read.
             due = self._feeding and (self._sending or self._waiting)
             readable, _, _ = select.select([self._woken, self._terminal], [], [], 0.001 if due else None)
-            if self._woken in readable and not os.read(self._woken, 64):
+            woken = os.read(self._woken, 64) if self._woken in readable else b"."
+            if not woken:
                 return
+            if woken[0] == signal.SIGINT and self._feeding:
+                # Python looks at a signal only when it interrupts the wait for a key: it may have come before that.
+                time.sleep(BURST_S)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGWINCH)
             if self._terminal in readable:
                 self._take(live=not due and self._listens())
             while self._listens() and (self._sending or self._waiting):
@@ -2481,6 +2497,10 @@ class LineEditor:
 
     def read_prompt(self, text: str = "") -> str:
         """Read a prompt: a line, a paste, or what is typed between three quotes. Raises like `read_line`."""
+        if text and self._keyboard and self._is_tall(text):
+            self._readline.add_history(self._held(text))
+            self._screen.note("Press Up to edit the prompt.")
+            text = ""
         self._screen.write("\n")
         self._lines = []
         self._lines = [self.read_line("prompt -> ", text)]
@@ -2496,12 +2516,19 @@ class LineEditor:
                 self._lines.append(self.read_line("... "))
         return "\n".join(self._lines).strip()[3:].removesuffix('"""').strip("\n")
 
+    def _is_tall(self, text: str) -> bool:
+        """Tell if a text would push out of the window what was said before it."""
+        columns, rows = os.get_terminal_size(self._stdin.fileno())
+        return sum(1 + width(line) // (columns or 80) for line in text.splitlines()) > (rows or 24) - 4
+
     def _is_open(self) -> bool:
         return not "\n".join(self._lines).strip()[3:].endswith('"""')
 
     def typed(self) -> bool:
         """Tell if there was something in the prompt when Ctrl+C came."""
-        return bool(self._lines) or (self._keyboard is not None and self._keyboard.fed)
+        # Libedit empties its buffer only when it is given a key.
+        typed = self._keyboard is not None and self._keyboard.fed and self._readline.get_line_buffer()
+        return bool(self._lines or typed)
 
     def remember(self, prompt: str) -> None:
         """Add a prompt that somebody typed to the history, in the line editor and on disk."""
@@ -2767,6 +2794,11 @@ class Chat:
         self._keep({"role": "user", "content": prompt})
         try:
             self._show(self._conversation.reply(prompt))
+        except ChatError as error:
+            # One that a lost host left unanswered stays in the session.
+            if not (isinstance(error, EngineError) and self._conversation.hosts.size > 1):
+                self._keep()
+            raise
         finally:
             if self._conversation.messages is not before:
                 self._files, self.draft = [], ""
@@ -3158,10 +3190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not signals.status:
             raise
         status = signals.status
-    if complaint and not signals.status:
+    if complaint and signals.status in (0, status):
         if hosts.rank:
             # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
-            time.sleep(0.5)
+            time.sleep(2.0)
             complaint = f"On {os.uname().nodename}: {complaint}"
         Screen(sys.stdout, sys.stderr, watched=False).error(f"llmchat: error: {complaint}")
     return signals.status or status
