@@ -1317,7 +1317,7 @@ class ThoughtFinder:
             said = start + THOUGHT + end + ANSWER
             text = self._probe("", "", said, asked, {"role": "assistant", "content": ""}, asked)
             cut = ANSWER in text and THOUGHT not in text
-            kept = said in text and any(prompt.endswith(end) for prompt in self._prompts)
+            kept = any(prompt + said in text for prompt in self._prompts) and mark in "".join(self._prompts)
             if cut or kept:
                 return ThoughtFormat(start, end, place="content")
         return None
@@ -1329,7 +1329,7 @@ class ThoughtFinder:
             marks = sorted({*MARK.findall(text)}, key=text.find)
             pairs = [(mark, end) for mark in marks for end in closing_twins(mark) if end in text]
             thoughts = [pair for pair in pairs if OF_THOUGHTS.search(pair[0])]
-            answers = [pair for pair in pairs if OF_ANSWERS.fullmatch(pair[0])]
+            answers = [(mark, dict(pairs).get(mark, "")) for mark in marks if OF_ANSWERS.fullmatch(mark)]
             lead, tail = answers[0] if answers else ("", "")
             if thoughts:
                 return ThoughtFormat(*self._with_blanks(*thoughts[0]), lead, tail)
@@ -1555,10 +1555,21 @@ class Conversation:
         first, text, tokens = self._fit(before, min(self._first, len(before) - 1))
         begun = self._begun(text, before[first:])
         said = self._format.said(self._as_text(reply), begun)
-        splitter = ThoughtSplitter(self._format, begun + said)
+        splitter = ThoughtSplitter(self._format, begun)
+        for _ in splitter.feed(said):
+            pass
         tokens = self._model.hosts.share(tokens + self._model.encode(said))
         yield from self._prefill(tokens, 0)
-        return Reply(before, first, self._stream(tokens), splitter, begun + said)
+        return Reply(before, first, self._within_text(self._stream(tokens)), splitter, begun + said)
+
+    def _within_text(self, responses: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """Give the first response the blank that mlx-lm takes off at the start of a text."""
+        with contextlib.closing(responses):
+            for count, response in enumerate(responses):
+                piece = str(self._model.tokenizer.convert_ids_to_tokens(response.token))
+                if count == 0 and piece.startswith(("Ġ", "▁")):
+                    response.text = " " + response.text.lstrip(" ")
+                yield response
 
     def _close_thought(self, live: Reply) -> None:
         """Have the model hear that it has thought enough, and begin the answer; only the mark is computed."""
