@@ -1907,7 +1907,7 @@ class KeptChats:
                 file.unlink()
         except OSError as error:
             raise ChatError(f"{self.folder} can't be used to keep conversations: {reason(error)}.") from error
-        moment = f"{time.strftime('%Y-%m-%d %H.%M.%S')}.{time.time_ns() // 1_000_000 % 1000:03}"
+        moment = f"{time.strftime('%Y-%m-%d %H.%M.%S')}.{time.time_ns() % 1_000_000_000:09}"
         return SessionFile(self.folder / f"{moment} {self._key(model)}.jsonl")
 
     def latest(self, model: str | None, warn: Callable[[str], None]) -> tuple[SessionFile, str]:
@@ -2456,6 +2456,8 @@ class LineEditor:
         bindings = [r'"\e[99~": redraw-current-line', "tab: complete", r'"\e[200~": bracketed-paste-begin']
         # Alt+Enter begins a new line; a text that is put into the line is not shown as selected.
         bindings += [r'"\e\C-m": "\C-v\C-j"', "set enable-active-region off"]
+        # It decides by the environment's locale how many bits a character has.
+        bindings += ["set convert-meta off", "set input-meta on", "set output-meta on"]
         for binding in ("bind ^[[99~ ed-redisplay", "bind ^I rl_complete") if self._libedit else bindings:
             readline.parse_and_bind(binding)
 
@@ -2520,11 +2522,13 @@ class LineEditor:
         # A paste that only starts with three quotes is no beginning: program text often does.
         if not block.startswith('"""') or ("\n" in block and self._is_open()):
             return block
-        with contextlib.ExitStack() as stack:
-            if not self.interactive:
-                stack.enter_context(contextlib.suppress(EOFError))
+        try:
             while self._is_open():
                 self._lines.append(self.read_line("... "))
+        except EOFError:
+            # Ctrl+D drops the block; the end of a pipe ends it.
+            if self.interactive:
+                return ""
         return "\n".join(self._lines).strip()[3:].removesuffix('"""').strip("\n")
 
     def _is_tall(self, text: str) -> bool:

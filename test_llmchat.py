@@ -9,6 +9,7 @@ a wrong one.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import fcntl
@@ -24,9 +25,11 @@ import pty
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -2152,6 +2155,270 @@ def on_screen(output: str) -> str:
             row = text + ("" if "\x1b[K" in part else row[len(text) :])
         rows.append(row.rstrip())
     return "\n".join(rows)
+
+
+# ------------------------------------------------------------------------------- Living in it
+
+PROSE = """\
+Words wrap, 日本語の文章 too 🎉🎉 and so do émigrés.
+
+- a list
+| a table | is as wide as it is, always |
+```
+code that is left alone
+```
+and on it goes"""
+WRAPPED = """\
+Words wrap, 日本語の
+文章 too 🎉🎉 and so
+do émigrés.
+
+- a list
+| a table | is as wide as it is, always |
+```
+code that is left alone
+```
+and on it goes"""
+
+
+def test_prose_wraps_at_words_and_what_is_to_be_copied_does_not() -> None:
+    for place in range(len(PROSE)):
+        wrap = llmchat.WordWrap(lambda: 20)
+        assert wrap.feed(PROSE[:place]) + wrap.feed(PROSE[place:]) + wrap.flush() == WRAPPED
+    wrap = llmchat.WordWrap(lambda: 4)
+    assert wrap.feed("a longword b") + wrap.flush() == "a longword b"
+
+
+def test_a_reply_wraps_on_a_terminal_and_nowhere_else(demo, terminal, chat, home) -> None:
+    screen = terminal(demo, prompt="")
+    fcntl.ioctl(screen.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 40, 0, 0))
+    screen.expect("prompt -> ")
+    assert screen.ask(SAMPLE[0].prompt) == "I'm doing well, thank you for asking!\nHow can I help you today?"
+    assert screen.leave(CTRL_D) == 0
+    (kept,) = (home / ".llmchat").iterdir()
+    assert contents(kept)[1] == SAMPLE[0].answer
+    assert chat(demo, "-p", SAMPLE[0].prompt, COLUMNS="10").out == SAMPLE[0].answer + "\n"
+
+
+def test_files_go_before_the_next_prompt(demo, chat, home) -> None:
+    (home / "a b.txt").write_text("Say ")
+    (home / "c.txt").write_text("hello.")
+    (home / "d.bin").write_bytes(b"\0\xff")
+    done = chat(
+        *(demo, "--session", "talk", "--file", "c.txt", "--max-tokens", "1"),
+        stdin="/file\n/file nowhere c.txt\n/file d.bin\n/file 'a b.txt' *.txt\n/file '\n"
+        "/file -\n/file c.txt\nNow!\n/file\n",
+    )
+    assert done.err.splitlines() == [
+        Like("c.txt: * tokens"),
+        *("There is no file nowhere: nothing is added.", Like("d.bin can't be read as text: *Nothing is added.")),
+        *(Like(f"{name}: * tokens") for name in ("c.txt", "a b.txt", "a b.txt", "c.txt")),
+        Like("/file ': *"),
+        *("No files wait for the next prompt.", Like("c.txt: * tokens"), Like("Cut at 1 tokens*")),
+        "No files wait for the next prompt.",
+    ]
+    assert contents(home / "talk")[0] == "c.txt:\n\nhello.\n\nNow!"
+    assert chat(demo, "-p", "x", "--file", "nowhere").complaint == "There is no file nowhere: nothing is added."
+
+
+def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, home) -> None:
+    editor = home / "editor"
+    editor.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\npathlib.Path(sys.argv[-1]).write_text('My name is\\nAda.')\n"
+    )
+    editor.chmod(0o755)
+    screen = terminal(demo, VISUAL=str(editor))
+    screen.ask("Say hello.")
+    screen.send("/copy\r", f"{len(SAID_HELLO)} characters are copied.\n*prompt -> ")
+    assert base64.b64encode(SAID_HELLO.encode()).decode() in screen.output
+    screen.send("/copy code 1\r", "takes a number from 1 to 0*prompt -> ")
+    screen.send("/edit\r", "prompt -> My name is\nAda.")
+    assert screen.ask("")
+    screen.send("/edit\r", "prompt -> My name is\nAda.")
+    screen.send(CTRL_C, "prompt -> ")
+    assert screen.leave(CTRL_D) == 0
+    screen = terminal(demo, EDITOR="false")
+    screen.send("/edit\r", "false ended with status 1: nothing is taken from it.*prompt -> ")
+
+
+def test_a_conversation_is_saved_as_markdown(thinker, chat, home) -> None:
+    chat(thinker("channels"), stdin=f"{ASKED[0].prompt}\n/save talk.md\n")
+    thought = f"<details><summary>Thought</summary>\n\n{ASKED[0].thought}\n\n</details>"
+    expected = f"**You:**\n\n{ASKED[0].prompt}\n\n**Model:**\n\n{thought}\n\n{ASKED[0].answer}\n\n"
+    assert (home / "talk.md").read_text() == expected
+
+
+def test_settings_are_shown_changed_and_put_back(demo, chat, home) -> None:
+    (home / ".llmchat_config").write_text('system = "Be brief."\n')
+    done = chat(demo, stdin="/set system\n/SET seed=4\n/set seed default\n/set top-p\n/stats off\n/set nonsense\n/?\n")
+    assert done.err.splitlines()[:3] == ["seed = 4", "seed = ", "stats = false"]
+    assert Like("nonsense is no setting*") == done.err.splitlines()[3]
+    assert "system  Be brief." in done.out and "top-p  0.9  default" in done.out and "/help" in done.out
+
+
+def test_what_the_author_recommends_is_taken_where_the_user_says_nothing(demo, chat, tmp_path) -> None:
+    advice = {"temperature": 0.1, "top_p": 0.5, "do_sample": True, "top_k": None}
+    model = changed(tmp_path / "model", demo, put("generation_config.json", json.dumps(advice)))
+    done = chat(model, "--recommended", "--top-p", "0.8", stdin="/set temperature\n")
+    assert done.err == "Recommended for this model: temperature 0.1.\n"
+    assert "temperature  0.1  generation_config.json" in done.out
+    assert "temperature  0.7  default" in chat(model, stdin="/set temperature\n").out
+    model = changed(tmp_path / "odd", demo, put("generation_config.json", '{"top_p": 7}'))
+    assert "top_p of generation_config.json must be" in chat(model, "--recommended").complaint
+
+
+def test_every_conversation_is_kept_and_the_last_one_goes_on(demo, chat, home, thinker) -> None:
+    folder = home / ".llmchat"
+    chat(demo, stdin="/help\n")
+    assert not folder.exists()
+    chat(demo, "--no-keep", stdin="Say hello.\n")
+    chat(demo, "-p", "Say hello.")
+    assert chat(demo, "-c").complaint == f"There is no conversation with {demo} in {folder} to go on with."
+    chat(demo, stdin="Say hello.\n/clear\nMy name is Ada.\n")
+    files = sorted(folder.iterdir())
+    assert [contents(file)[0] for file in files] == ["Say hello.", "My name is Ada."]
+    assert (folder.stat().st_mode & 0o777, files[0].stat().st_mode & 0o777) == (0o700, 0o600)
+    chat(thinker("channels"), stdin="Hello, how are you?\n")
+    done = chat(demo, "--resume", stdin="What is my name?\n")
+    assert transcript(SAMPLE[4]) in done.out
+    assert done.err == Like("Going on with 1 turn of today, *:*.\n")
+    assert "Loading model " + demo in chat("-c").out
+    files[1].write_text("torn")
+    assert Like(f"Passed over: {files[1]} is no session*") == chat(demo, "-c").err.splitlines()[0]
+    for _ in range(60):
+        llmchat.KeptChats(folder).begin("m").close()
+    assert len([*folder.iterdir()]) == 50
+
+
+def test_what_clear_takes_out_of_a_session_is_kept_and_undo_brings_it_back(demo, chat, home) -> None:
+    chat(demo, "--session", "talk", stdin="My name is Ada.\n/clear\n")
+    assert contents(home / "talk") == []
+    (kept,) = (home / ".llmchat").iterdir()
+    assert contents(kept) == ["My name is Ada.", "Nice to meet you, Ada!"]
+    done = chat(demo, "--session", "talk", stdin="My name is Ada.\n/clear\n/undo\nWhat is my name?\n")
+    assert transcript(SAMPLE[4]) in done.out and len(contents(home / "talk")) == 4
+    done = chat(demo, stdin="My name is Ada.\n/clear now please\n/undo 3\n/retry shorter\nWhat is my name?\n")
+    assert transcript(SAMPLE[4]) in done.out and done.err.count("takes no text") == 3
+
+
+def test_a_model_is_found_by_part_of_its_name(demo, chat, home) -> None:
+    put_in_hub_cache(home, "mlx-community/Tiny-Instruct-4bit", demo)
+    for name in (
+        "Tiny-Instruct-4bit",
+        "mlx-community/tiny-instruct-4bit",
+        "https://huggingface.co/mlx-community/Tiny-Instruct-4bit",
+    ):
+        done = chat(name, "-p", "Say hello.")
+        assert (done.out, done.code) == (SAID_HELLO + "\n", 0), done
+    assert "Loading model mlx-community/Tiny-Instruct-4bit..." in chat("tiny-instruct-4bit").out
+    assert "-p" in chat(demo, "a question", "--stats").err and chat("--model", demo).code == 2
+
+
+def test_esc_stops_a_reply_and_a_paste_meanwhile_is_one_prompt(demo, terminal) -> None:
+    screen = terminal(demo)
+    screen.send("Count.\r", "3,")
+    screen.send("\x1b[200~My name\nis\x1b[201~ Ada.\x1b", "Stopped; /continue goes on.\n*prompt -> My name\nis Ada.")
+    screen.send(CTRL_U, "")
+    screen.send("Thanks" + "\x1b\r" + "a lot!", "a lot!")
+    screen.send("\r", "\n*prompt -> ")
+    screen.send("/save talk\r", "4 messages*prompt -> ")
+    screen.send("\x1b[200~/clear\nnow\x1b[201~\r", "prompt -> ")
+    screen.send('"""\r', "... ")
+    screen.send(CTRL_D, "prompt -> ")
+    screen.send(UP, "/clear\nnow")
+
+
+def test_a_prompt_line_is_drawn_again_after_ctrl_z(demo, terminal) -> None:
+    screen = terminal(demo)
+    screen.send("Say ", "Say ")
+    os.kill(screen.pid, signal.SIGSTOP)
+    os.kill(screen.pid, signal.SIGCONT)
+    screen.expect("prompt -> Say ")
+    assert screen.ask("hello.") == SAID_HELLO
+
+
+# -------------------------------------------------------------------------------- Nothing is lost
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "xx_XX"])
+def test_any_locale_takes_any_character(locale, demo, terminal, home) -> None:
+    screen = terminal(demo, LC_ALL=locale)
+    assert screen.ask("ça 🎉")
+    screen.send("/undo\r", "prompt -> ça 🎉")
+    screen.send(CTRL_C, "prompt -> ")
+    assert screen.leave(CTRL_D) == 0
+    assert terminal(demo, LC_ALL=locale).send(UP + UP, "ça 🎉")
+
+
+def test_a_template_that_never_ends_is_stopped(demo, terminal, tmp_path) -> None:
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    screen = terminal(changed(tmp_path / "model", demo, put("chat_template.jinja", endless)))
+    screen.send("Hello\r")
+    screen.see("reading the prompt")
+    screen.send(CTRL_C, "prompt -> Hello")
+
+
+def no_unknown(folder: Path) -> None:
+    """A tokenizer that raises at whatever it doesn't know."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"] = {"type": "WordLevel", "vocab": {"Hello": 300}, "unk_token": "<missing>"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_a_tokenizer_that_raises_is_one_sentence(demo, chat, tmp_path) -> None:
+    done = chat(changed(tmp_path / "model", demo, no_unknown), stdin="Hello\nHello\n")
+    assert "Traceback" not in done.err and done.code == 1
+    assert done.out.endswith("Goodbye!\n") or "could not be loaded" in done.err
+
+
+def test_no_code_runs_because_standard_input_says_yes(demo, chat, tmp_path) -> None:
+    auto_map = {"AutoProcessor": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n"
+    model = changed(
+        *(tmp_path / "model", demo, put("evil.py", code)),
+        *(put("processor_config.json", json.dumps({"processor_class": "Evil", "auto_map": auto_map})),),
+        *(put("tokenizer_config.json", json.dumps({"tokenizer_class": "AutoProcessor", "auto_map": auto_map})),),
+    )
+    done = chat(model, stdin="y\ny\n")
+    assert done.code == 1 and "[y/N]" not in done.out + done.err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"])
+def test_nonsense_in_the_environment_is_one_sentence(variable, chat) -> None:
+    assert "HF_..." in chat("own/model", "-p", "x", **{variable: "nonsense"}).complaint
+
+
+def test_long_foreign_text_is_shortened(demo, chat, tmp_path) -> None:
+    for flag in ("--temperature", "--seed", "--stats", "--nonsense" * 300):
+        assert len(chat(demo, flag, "9" * 3000).err.splitlines()[-1]) < 300
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapters.safetensors").write_bytes(b"torn")
+    assert f"can't be loaded with {adapter}" in chat(demo, "--adapter", str(adapter)).complaint
+
+
+def test_a_session_that_was_removed_meanwhile_holds_all_at_the_end(demo, terminal, home) -> None:
+    screen = terminal(demo, "--session", "talk")
+    screen.ask("My name is Ada.")
+    (home / "talk").unlink()
+    screen.ask("What is my name?")
+    assert "Your name is Ada." in (home / "talk").read_text().splitlines()[3]
+    screen.send("\x1c")
+    assert screen.leave() == 131
+
+
+def test_prompts_of_a_terminal_are_in_a_log_and_once_on_the_screen(demo, environment, home) -> None:
+    command = [*PROGRAM, demo]
+    screen = Terminal(environment, ["/bin/sh", "-c", f"{shlex.join(command)} | tee log"])
+    screen.expect("prompt -> ")
+    screen.send("Say hello.\n", SAID_HELLO)
+    screen.send("quit\n")
+    screen.leave()
+    assert (home / "log").read_text() == SESSION.format(model=demo).partition("prompt")[0] + transcript(
+        Turn("Say hello.", SAID_HELLO)
+    )[1:] + "\nprompt -> quit\nGoodbye!\n"
+    screen.close()
 
 
 # --------------------------------------------------------------------------------------- Loading
