@@ -943,6 +943,8 @@ class Loader:
             loaded = load(str(self._folder), **options)
         except Exception as error:
             words, adapter = one_line(error), self._settings.adapter
+            if self._hosts.size > 1 and "trust_remote_code" not in str(error):
+                raise EngineError(f"The hosts could not load {self._name} together: {words}.") from error
             if "trust_remote_code" in str(error):
                 raise self._untrusted() from error
             if os.strerror(errno.EMFILE) in words:
@@ -1317,7 +1319,7 @@ class ThoughtFinder:
             said = start + THOUGHT + end + ANSWER
             text = self._probe("", "", said, asked, {"role": "assistant", "content": ""}, asked)
             cut = ANSWER in text and THOUGHT not in text
-            kept = any(prompt + said in text for prompt in self._prompts) and mark in "".join(self._prompts)
+            kept = OF_THOUGHTS.search(start) and any(prompt + said in text for prompt in self._prompts)
             if cut or kept:
                 return ThoughtFormat(start, end, place="content")
         return None
@@ -1350,7 +1352,7 @@ class ThoughtFinder:
 
     def _with_blanks(self, start: str, end: str) -> tuple[str, str]:
         """Return two marks with the blanks that belong to them, as an empty or an opened thought in a prompt tells."""
-        opened = any(prompt.endswith(f"{start}\n") for prompt in self._prompts)
+        opened = bool(start) and any(prompt.endswith(f"{start}\n") for prompt in self._prompts)
         for prompt in self._prompts:
             closed = re.search(rf"(?:{re.escape(start)}(\s*))?{re.escape(end)}(\s*)$", prompt)
             if closed and not opened:
@@ -2191,6 +2193,9 @@ BURST_S = 0.03
 MARK_PASTES, LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 PASTE_BEGINS, PASTE_ENDS, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
 
+# Wakes the keyboard's thread, as the number of a signal does too.
+NUDGE = b"\0"
+
 # The next of the keys that wait: a marked paste, control keys, or text up to them or to the end of a line; Alt+Enter
 # is none.
 PASTE = re.compile(rb"\x1b\[200~(.*?)\x1b\[201~", re.DOTALL)
@@ -2268,7 +2273,7 @@ class Keyboard:
         """Hand keys on to the line editor while it reads: these, those that wait, and what is typed."""
         with self._lock:
             self._sending, self._feeding, self.fed = keys, True, False
-        os.write(self._wake, b".")
+        os.write(self._wake, NUDGE)
         try:
             yield
         except KeyboardInterrupt:
@@ -2288,11 +2293,12 @@ class Keyboard:
             # The editor says to nobody when it begins to read.
             due = self._feeding and (self._sending or self._waiting)
             readable, _, _ = select.select([self._woken, self._terminal], [], [], 0.001 if due else None)
-            woken = os.read(self._woken, 64) if self._woken in readable else b"."
+            woken = os.read(self._woken, 64) if self._woken in readable else NUDGE
             if not woken:
                 return
-            if woken[0] == signal.SIGINT and self._feeding:
-                # Python looks at a signal only when it interrupts the wait for a key: it may have come before that.
+            if self._feeding and {*woken} - {*NUDGE, signal.SIGWINCH}:
+                # Python looks at a signal only if it ends the wait for a key: it may have come before that, or to
+                # a thread of the engine.
                 time.sleep(BURST_S)
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGWINCH)
             if self._terminal in readable:

@@ -264,7 +264,9 @@ WAYS = {
         THOUGHT_THEN_ANSWER,
     ),
     "channel of Gemma": Family(
-        "llama", THINKING.replace("</think>", "<channel|>"), "<|channel>thought\n{thought}\n<channel|>{answer}"
+        "llama",
+        chatml(CUT.replace("</think>", "<channel|>"), unless_off("<|channel>thought\\n<channel|>")),
+        "<|channel>thought\n{thought}\n<channel|>{answer}",
     ),
 }
 
