@@ -2314,7 +2314,8 @@ class Keyboard:
         if live and PASTE_BEGINS not in data and re.search(rb"[\r\n].", data, re.DOTALL):
             text = data.rstrip(b"\r\n")
             data = PASTE_BEGINS + text + PASTE_ENDS + b"\r" * (len(text) < len(data))
-        self._waiting += data
+        # Ctrl+D in a reply is not meant to leave when it ends.
+        self._waiting += data if self._feeding else data.replace(b"\x04", b"")
         if not self._feeding and self._waiting.endswith(b"\x1b"):
             self._waiting = self._waiting[:-1]
             self._on_escape()
