@@ -1251,8 +1251,9 @@ class ThoughtFinder:
         tokenizer = model.tokenizer
         self._model, self._template = model, model.template
         self._pair = (str(tokenizer.think_start), str(tokenizer.think_end)) if tokenizer.has_thinking else ("", "")
-        self._vocabulary = " ".join([*tokenizer.get_added_vocab(), *self._pair])
-        self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
+        with foreign(f"The tokenizer of {model.name} fails: {{}}. Name another model."):
+            self._vocabulary = " ".join([*tokenizer.get_added_vocab(), *self._pair])
+            self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
         self._switches: list[dict[str, bool]] = [{}]
         self._prompts: list[str] = []
 
