@@ -2320,7 +2320,9 @@ def test_a_model_is_found_by_part_of_its_name(demo, chat, home) -> None:
 def test_esc_stops_a_reply_and_a_paste_meanwhile_is_one_prompt(demo, terminal) -> None:
     screen = terminal(demo)
     screen.send("Count.\r", "3,")
-    screen.send(CTRL_D + "\x1b[200~My name\nis\x1b[201~ Ada.\x1b", "Stopped; /continue goes on.\n*prompt -> My name\nis Ada.")
+    screen.send(
+        CTRL_D + "\x1b[200~My name\nis\x1b[201~ Ada.\x1b", "Stopped; /continue goes on.\n*prompt -> My name\nis Ada."
+    )
     screen.send(CTRL_U, "")
     screen.send("Thanks" + "\x1b\r" + "a lot!", "a lot!")
     screen.send("\r", "\n*prompt -> ")
