@@ -1699,7 +1699,7 @@ class Conversation:
         }
 
     def _turn(self, before: list[Message], prompt: str) -> Generator[Piece, None, None]:
-        started, limit = time.perf_counter(), self._model.context_length
+        started, limit, self.statistics = time.perf_counter(), self._model.context_length, None
         messages = [*before, {"role": "user", "content": prompt}]
         first = min(self._first, len(before)) if self._settings.history else len(before)
         fitting, text, tokens = self._fit(messages, first)
@@ -2782,6 +2782,7 @@ class Chat:
             if not self._editor.interactive:
                 raise
             self._screen.end_reply()
+            self._screen.note("Stopped.")
         self._signals.tearing = False
         self._keep()
 
@@ -2856,14 +2857,15 @@ class Chat:
     def _set_aside(self) -> None:
         """Keep the conversation as it is on disk now: what follows is another one."""
         session = self._session
-        if self._kept and session and session.messages:
-            if self._settings.session is None:
-                self._session = None
-            else:
-                copy, messages = self._kept.begin(str(self._settings.model)), session.messages
-                session = copy
-                copy.save(messages)
+        if not (self._kept and session and session.messages):
+            return
+        if self._settings.session is None:
             session.close()
+            self._session = None
+        else:
+            aside = self._kept.begin(str(self._settings.model))
+            aside.save(session.messages)
+            aside.close()
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
         self._screen.hide_thoughts, doing = self._settings.hide_thoughts, "reading the prompt"

@@ -1823,8 +1823,9 @@ def test_help_and_errors_need_no_engine(arguments, chat) -> None:
 
 
 def test_an_old_python_is_told_what_is_needed(chat) -> None:
-    old = shutil.which("python3.8")
-    if old is None or subprocess.run([old, "--version"], capture_output=True, check=False).returncode:
+    ask = [shutil.which("python3.8") or "false", "-c", "import sys; print(sys.executable)"]
+    old = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    if not old:
         pytest.skip("there is no Python 3.8 here")
     needed = "llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.\n"
     assert chat(PROGRAM[1], "x", program=[old]) == ("", needed, 1)
