@@ -2272,10 +2272,10 @@ class Keyboard:
     @contextlib.contextmanager
     def feeding(self, keys: bytes) -> Iterator[None]:
         """Hand keys on to the line editor while it reads: these, those that wait, and what is typed."""
-        with self._lock:
-            self._sending, self._feeding, self.fed = keys, True, False
-        os.write(self._wake, NUDGE)
         try:
+            with self._lock:
+                self._sending, self._feeding, self.fed = keys, True, False
+            os.write(self._wake, NUDGE)
             yield
         except KeyboardInterrupt:
             # The rest of a paste goes with the line; what was typed after it stays.
@@ -2613,6 +2613,11 @@ class Signals:
     def press(self) -> None:
         """Ask the reply to stop."""
         self.pressed = True
+
+    def leave_if_due(self) -> None:
+        """End the program if a signal was to do so and a library, while it was imported, has swallowed that."""
+        if self.status:
+            raise SystemExit(self.status)
 
     def _handle(self, signum: int, frame: object) -> None:
         if signum == signal.SIGINT and self.chatting:
@@ -3132,6 +3137,7 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     if draft and not talks:
         screen.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
     model = load(settings, screen, hosts)
+    signals.leave_if_due()
     advice = settings.recommend(model.recommended)
     conversation = Conversation(model, settings, messages)
     keeps = settings.keep and prompt is None and hosts.rank == 0
