@@ -174,7 +174,11 @@ def switch(text: str) -> bool:
 
 def effort(text: str) -> bool | str:
     """Parse a yes or no, or how much to think."""
-    return text if text in ("low", "medium", "high") else switch(text)
+    if text.lower() in ("low", "medium", "high"):
+        return text.lower()
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return switch(text)
+    raise argparse.ArgumentTypeError(f"must be low, medium, high, true or false, not '{shortened(text, 40)}'")
 
 
 def shown_value(value: Any) -> str:
@@ -350,10 +354,11 @@ def read_flags(argv: Sequence[str] | None) -> dict[str, Any]:
     # How much to think is optional, and the model may follow.
     plain = [n for n, word in enumerate(words) if word == "--think" and words[n + 1] not in ("low", "medium", "high")]
     namespace, rest = parser.parse_known_args([word + "=true" * (n in plain) for n, word in enumerate(words)][:-1])
+    known = ["--help", "--version", *(f"--{key}" for key in KEYS if key != "model")]
     for flag in (shortened(word.partition("=")[0], 40) for word in rest if word.startswith("-")):
         if flag == "--model":
             parser.error("the model is named without a flag: llmchat MODEL")
-        parser.error(f"there is no flag {flag}{did_you_mean(flag, [f'--{key}' for key in KEYS])}")
+        parser.error(f"there is no flag {flag}{did_you_mean(flag, known) if flag.strip('-') else ''}")
     if rest:
         parser.error(
             f"a prompt goes after -p: llmchat {shortened(str(namespace.model), 80)} -p {shortened(rest[0], 40)!r}"
@@ -444,10 +449,7 @@ def join_hosts() -> Hosts:
 
 # The weights that mlx-lm loads, and the files that its own `load` would download with them.
 WEIGHTS = "model*.safetensors"
-NEEDED = (
-    *(WEIGHTS, "*.json", "*.py", "*.txt", "*.jsonl", "*.jinja"),
-    *("tokenizer.model", "*.tiktoken", "tiktoken.model"),
-)
+NEEDED = (WEIGHTS, "*.json", "*.py", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.tiktoken", "tiktoken.model")
 # As far as a name can be that of a repository; the hub has rules of its own.
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 GIB = 1 << 30
@@ -672,10 +674,7 @@ class Model:
 OTHER_FORMATS = {".gguf": "GGUF", ".bin": "PyTorch", ".pt": "PyTorch", ".pth": "PyTorch", ".onnx": "ONNX"}
 # The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the like do talk.
 SILENT_ARCHITECTURE = re.compile(r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtraction$|For\w*Classification$")
-CONTEXT_KEYS = (
-    *("max_position_embeddings", "n_positions", "max_sequence_length"),
-    *("max_seq_len", "seq_length", "n_ctx"),
-)
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
 def context_length(config: dict[str, Any]) -> int | None:
@@ -1449,6 +1448,12 @@ class Statistics:
     seconds: float = 0.0
     finish_reason: str | None = None
 
+    @property
+    def full(self) -> bool:
+        """Tell if the context has room for no further token."""
+        used = self.prompt_tokens + self.generation_tokens
+        return self.context_length is not None and used >= self.context_length
+
     def line(self) -> str:
         """Return the statistics as one line."""
         # The first token belongs to the prefill, not to the decode time.
@@ -1548,6 +1553,8 @@ class Conversation:
             raise ChatError(f"The reply can't go on: the model's {limit} tokens are full. /clear starts over.")
         if self._live:
             self.statistics = Statistics(held, held, limit)
+        # If this fails, the reply goes on from a state computed anew.
+        self._live = None
         if answer:
             self._close_thought(live)
         yield from self._speak(live, started)
@@ -1618,7 +1625,8 @@ class Conversation:
 
     def _as_text(self, message: Message) -> Message:
         """Return a message in which nobody can forge a turn, or a thought, by spelling the template's tokens."""
-        return {key: text if key == "role" else self._model.as_text(text) for key, text in message.items()}
+        texts = {key: self._model.as_text(message[key]) for key in ("content", "reasoning_content") if message.get(key)}
+        return {**message, **texts}
 
     @staticmethod
     def _key(message: Message) -> tuple[str, str | None]:
@@ -1731,7 +1739,7 @@ class Conversation:
         """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
         statistics, splitter = self.statistics, live.splitter
         assert statistics
-        self._live, keep = None, False
+        keep = torn = False
         try:
             # A thought that is closed goes on with other responses.
             while response := next(live.responses, None):
@@ -1752,24 +1760,24 @@ class Conversation:
             if statistics.finish_reason == "stop":
                 yield from splitter.finish()
             keep = True
-        except GeneratorExit:
-            # Whoever consumes the reply has heard enough.
+        except (GeneratorExit, KeyboardInterrupt) as stop:
+            # Whoever consumes the reply has heard enough; one that was torn goes on from a state computed anew.
+            torn = isinstance(stop, KeyboardInterrupt)
             statistics.finish_reason = statistics.finish_reason or "interrupted"
             keep = statistics.generation_tokens > 0
             raise
         finally:
             if keep:
                 self._keep(live, str(statistics.finish_reason))
-            if keep and statistics.finish_reason != "stop":
+            if keep and not torn and statistics.finish_reason != "stop":
                 self._live = live
             else:
                 live.responses.close()
 
     def _is_full(self, statistics: Statistics) -> str | None:
-        used, limit = statistics.prompt_tokens + statistics.generation_tokens, statistics.context_length
         marks = statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
-        full = statistics.answer_tokens >= self._settings.max_tokens or marks > MOST_MARK_TOKENS
-        return "length" if full or (limit is not None and used >= limit) else None
+        cut = statistics.answer_tokens >= self._settings.max_tokens or marks > MOST_MARK_TOKENS
+        return "length" if cut or statistics.full else None
 
     def _keep(self, live: Reply, finish_reason: str) -> None:
         message = {"role": "assistant", **live.splitter.said()}
@@ -1838,6 +1846,8 @@ def read_messages(lines: Iterable[bytes]) -> list[Message]:
             message = json.loads(line)
             if not isinstance(message, dict) or not isinstance(message.get("content"), str):
                 raise ValueError("this is no message with a content")
+            if not isinstance(message.get("reasoning_content", ""), str):
+                raise ValueError("its reasoning_content is no text")
             if message.get("role") not in (allowed if messages else ["system", "user"]):
                 raise ValueError(f"the role must be {' or '.join(allowed)}")
         except (ValueError, RecursionError) as error:
@@ -1907,7 +1917,7 @@ class KeptChats:
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             for file in self._files()[self.MOST - 1 :]:
-                file.unlink()
+                file.unlink(missing_ok=True)
         except OSError as error:
             raise ChatError(f"{self.folder} can't be used to keep conversations: {reason(error)}.") from error
         moment = f"{time.strftime('%Y-%m-%d %H.%M.%S')}.{time.time_ns() % 1_000_000_000:09}"
@@ -1917,7 +1927,7 @@ class KeptChats:
         """Return the last conversation, of this model if one is named, and its model. Raises `ChatError`."""
         for file in self._files():
             key = file.stem.partition(" ")[2].partition(" ")[2]
-            if model is None or key == self._key(model):
+            if file.stat().st_size and (model is None or key == self._key(model)):
                 try:
                     return SessionFile(file), model or unquote(key)
                 except ChatError as error:
@@ -2235,9 +2245,7 @@ class Keyboard:
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         signal.set_wakeup_fd(self._wake)
-        self._take_terminal()
-        for number in (signal.SIGWINCH, signal.SIGCONT):
-            signal.signal(number, self._take_terminal)
+        self.set_modes()
         self._thread = threading.Thread(target=self._run, daemon=True)
         # Signals are for the main thread: only there they end a wait for keys.
         found = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -2246,8 +2254,6 @@ class Keyboard:
 
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way."""
-        for number in (signal.SIGWINCH, signal.SIGCONT):
-            signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         os.close(self._wake)
         self._thread.join()
@@ -2257,7 +2263,7 @@ class Keyboard:
         for end in (self._terminal, self._editor, self._woken):
             os.close(end)
 
-    def _take_terminal(self, signum: int = 0, frame: object = None) -> None:
+    def set_modes(self, signum: int = 0) -> None:
         """Set the terminal's modes; also after Ctrl+Z, and when the size of the window changes."""
         with contextlib.suppress(termios.error, OSError):
             modes = [*self._found]
@@ -2318,7 +2324,7 @@ class Keyboard:
         # Ctrl+D in a reply is not meant to leave when it ends.
         self._waiting += data if self._feeding else data.replace(b"\x04", b"")
         if not self._feeding and self._waiting.endswith(b"\x1b"):
-            self._waiting = self._waiting[:-1]
+            self._waiting = self._waiting.rstrip(b"\x1b")
             self._on_escape()
 
     def _read(self) -> bytes:
@@ -2367,7 +2373,8 @@ class Keyboard:
         while self._listens():
             if time.monotonic() > deadline:
                 # Libedit looks at an Enter that ends a search only when another key comes.
-                os.write(self._editor, REDRAW_KEY)
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self._editor, REDRAW_KEY)
                 return
             time.sleep(0.001)
 
@@ -2409,7 +2416,9 @@ class LineEditor:
         # The editor looks at the locale when it is imported.
         use_utf8()
         try:
-            # The keyboard comes first: the editor's own handler of SIGWINCH then calls the keyboard's before it looks.
+            # Once, before the import: the editor's own handler of SIGWINCH calls the one that it finds.
+            for number in (signal.SIGWINCH, signal.SIGCONT):
+                signal.signal(number, self._set_modes)
             self._take_terminal()
             import readline
         except ImportError:
@@ -2443,6 +2452,10 @@ class LineEditor:
             yield
         finally:
             self._take_terminal()
+
+    def _set_modes(self, signum: int, frame: object) -> None:
+        if self._keyboard:
+            self._keyboard.set_modes(signum)
 
     def _take_terminal(self) -> None:
         self._keyboard = Keyboard(self._stdin, self._as_keys, self._on_escape)
@@ -2493,7 +2506,8 @@ class LineEditor:
         line = self._stdin.readline()
         if typed:
             columns = os.get_terminal_size(self._stdin.fileno()).columns or 80
-            self._screen.hint(f"\r\x1b[{1 + len(prompt + line) // columns}A{ERASE_BELOW}" * (not self._screen.dumb))
+            rows = 1 + (width(prompt + line.rstrip("\n")) - 1) // columns
+            self._screen.hint(f"\r\x1b[{rows}A{ERASE_BELOW}" * (bool(line) and not self._screen.dumb))
         # Where a launcher stands between, the terminal has shown the line already.
         self._screen.write("" if self._screen.watched else prompt * typed + cleaned(line.rstrip("\n")) + "\n")
         if not line:
@@ -2595,8 +2609,8 @@ class Signals:
     def __init__(self) -> None:
         # The exit status, once a signal has ended the program.
         self.status = 0
-        # Somebody chats; what goes on now can be torn from its work; a reply is to stop.
-        self.chatting = self.tearing = self.pressed = False
+        # Somebody chats; the next press tears what goes on now from its work, or the second does; there was a press.
+        self.chatting = self.tearing = self.replying = self.pressed = False
 
     def __enter__(self) -> Signals:
         self._found = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
@@ -2621,9 +2635,12 @@ class Signals:
 
     def _handle(self, signum: int, frame: object) -> None:
         if signum == signal.SIGINT and self.chatting:
-            if self.tearing or self.pressed:
-                raise KeyboardInterrupt
+            torn = self.tearing or (self.replying and self.pressed)
             self.press()
+            if torn:
+                # Only once: what is done about it must not be torn too.
+                self.tearing = self.replying = False
+                raise KeyboardInterrupt
         else:
             self.status = 128 + signum
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(self.status)
@@ -2788,7 +2805,7 @@ class Chat:
                 raise
             self._screen.end_reply()
             self._screen.note("Stopped.")
-        self._signals.tearing = False
+        self._signals.tearing = self._signals.replying = False
         self._keep()
 
     def _complain(self, error: ChatError) -> None:
@@ -2841,6 +2858,8 @@ class Chat:
             raise ChatError(
                 "The reply ended inside its thought, without an answer: --max-thought-tokens closes it sooner."
             )
+        if not reply["content"].strip():
+            raise ChatError("The reply holds no answer: ask again, or in other words.")
         return int(self.failed)
 
     def _messages(self) -> list[Message]:
@@ -2862,29 +2881,36 @@ class Chat:
     def _set_aside(self) -> None:
         """Keep the conversation as it is on disk now: what follows is another one."""
         session = self._session
-        if not (self._kept and session and session.messages):
+        if session is None or not session.messages:
             return
         if self._settings.session is None:
             session.close()
             self._session = None
-        else:
+        elif self._kept:
             aside = self._kept.begin(str(self._settings.model))
             aside.save(session.messages)
             aside.close()
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
         self._screen.hide_thoughts, doing = self._settings.hide_thoughts, "reading the prompt"
-        self._screen.wait(lambda: "stopping..." if self._signals.pressed else doing)
+
+        def status() -> str:
+            return "stopping..." if self._signals.pressed else doing
+
+        self._screen.wait(status)
         self._signals.tearing = True
         # To close a reply is to stop it.
         with contextlib.closing(pieces):
             for piece in pieces:
-                self._signals.tearing = False
+                self._signals.tearing, self._signals.replying = False, True
                 if piece.kind == "reading" and piece.text:
                     doing = f"reading the prompt: {piece.text}"
                 self._screen.show(piece)
+                if piece.kind == "notice":
+                    self._screen.wait(status)
                 if self._signals.pressed:
                     break
+        self._signals.replying = False
         self._screen.end_reply()
         self._end(self._conversation.statistics)
 
@@ -2895,10 +2921,13 @@ class Chat:
         goes_on = "/continue goes on" + ", /answer ends the thought" * (
             "reasoning_content" in reply and not reply["content"]
         )
-        if self._signals.pressed:
+        if statistics and statistics.full:
+            goes_on = "the context is full"
+        if self._signals.pressed and ended != "stop":
             self._screen.note(f"Stopped; {goes_on}." if said else "Stopped.")
         elif ended == "length":
-            goes_on = goes_on if self._settings.prompt is None else "--max-tokens allows more"
+            if self._settings.prompt is not None and statistics and not statistics.full:
+                goes_on = "--max-tokens allows more"
             self._screen.note(f"Cut at {(statistics and statistics.answer_tokens) or said} tokens; {goes_on}.")
         elif ended == "stop" and not reply["content"].strip():
             self._screen.note("(an empty reply)")
@@ -3084,7 +3113,8 @@ def open_session(settings: Settings, kept: KeptChats, screen: Screen) -> tuple[S
     if settings.session is not None:
         session = SessionFile(Path(os.path.expanduser(settings.session)))
     elif settings.resume:
-        session, settings.model = kept.latest(settings.model if "model" in settings.sources else None, screen.note)
+        named = full_name(str(settings.model)) if settings.sources.get("model") == "flag" else None
+        session, settings.model = kept.latest(named, screen.note)
     messages = list(session.messages) if session else []
     draft = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else ""
     if messages and messages[0]["role"] == "system":
@@ -3135,7 +3165,9 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     session, messages, draft = open_session(settings, kept, screen) if hosts.rank == 0 else (None, [], "")
     settings.model, settings.system, messages = hosts.share([settings.model, settings.system, messages])
     if draft and not talks:
-        screen.note(f"The last prompt in {settings.session} got no reply, and is left out: {draft}")
+        screen.note(
+            f"The last prompt in {settings.session or 'the conversation'} got no reply, and is left out: {draft}"
+        )
     model = load(settings, screen, hosts)
     signals.leave_if_due()
     advice = settings.recommend(model.recommended)
