@@ -703,7 +703,7 @@ CTRL_C, CTRL_D, CTRL_U, UP = "\x03", "\x04", "\x15", "\x1b[A"
 
 def plain(text: str) -> str:
     """What is written to the screen, without colour and without the line that tells what is going on."""
-    text = re.sub(r"(\r\x1b\[2m[^\r\n]*\x1b\[0m)+\r?", "", text)
+    text = re.sub(r"(\r\x1b\[2m[^\r\n]*\x1b\[0m)+\r?|\r\x1b\[2m[^\r\n]*\Z|\r?\x1b(\[[0-9;?]*)?\Z", "", text)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", text)
 
 
