@@ -1319,7 +1319,8 @@ class ThoughtFinder:
             said = start + THOUGHT + end + ANSWER
             text = self._probe("", "", said, asked, {"role": "assistant", "content": ""}, asked)
             cut = ANSWER in text and THOUGHT not in text
-            kept = OF_THOUGHTS.search(start) and any(prompt + said in text for prompt in self._prompts)
+            prompted = OF_THOUGHTS.search(start) and mark in "".join(self._prompts)
+            kept = prompted and any(prompt + said in text for prompt in self._prompts)
             if cut or kept:
                 return ThoughtFormat(start, end, place="content")
         return None
