@@ -413,13 +413,10 @@ class Hosts:
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
 
-        try:
-            # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
-            with mx.stream(generation_stream):
-                total: Any = mx.distributed.all_sum(mx.array(value), group=self._group)
-                mx.eval(total)
-        except RuntimeError as error:
-            raise EngineError(f"Another host is gone, so the chat can't go on: {one_line(error)}.") from error
+        # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
+        with foreign("Another host is gone, so the chat can't go on: {}.", EngineError), mx.stream(generation_stream):
+            total: Any = mx.distributed.all_sum(mx.array(value), group=self._group)
+            mx.eval(total)
         return total
 
 
@@ -436,12 +433,8 @@ def join_hosts() -> Hosts:
     # While one host waits for another it looks at no signals: they end it as they end any program.
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    try:
+    with foreign("The hosts that mlx.launch started can't be joined: {}. On one Mac, leave mlx.launch out."):
         return Hosts(mx.distributed.init(strict=True))
-    except (RuntimeError, ValueError) as error:
-        raise ChatError(
-            f"The hosts that mlx.launch started can't be joined: {one_line(error)}. On one Mac, leave mlx.launch out."
-        ) from error
 
 
 # ----------------------------------------------------------------------------------------- Files
@@ -1492,6 +1485,8 @@ class Conversation:
     def __init__(self, model: Model, settings: Settings, messages: Sequence[Message] = ()) -> None:
         self._model = model
         self._settings = settings
+        # The hosts that hold the model.
+        self.hosts = model.hosts
         self._format = ThoughtFinder(model).find()
         self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
         self._live: Reply | None = None
@@ -1505,11 +1500,6 @@ class Conversation:
         self.statistics: Statistics | None = None
         self.seed(settings.seed)
 
-    @property
-    def hosts(self) -> Hosts:
-        """The hosts that hold the model."""
-        return self._model.hosts
-
     def measure(self, text: str) -> str:
         """Return the size of a text in tokens, in words that say if it can't fit."""
         size, limit = len(self._model.encode(text)), self._model.context_length
@@ -1520,7 +1510,7 @@ class Conversation:
         """Make what is sampled from here on repeatable; None leaves chance to chance, the same on all hosts."""
         import mlx.core as mx
 
-        seed = self._model.hosts.share(time.time_ns() if seed is None else seed)
+        seed = self.hosts.share(time.time_ns() if seed is None else seed)
         mx.random.seed(seed)
 
     def reply(self, prompt: str) -> Generator[Piece, None, None]:
@@ -1569,7 +1559,7 @@ class Conversation:
         splitter = ThoughtSplitter(self._format, begun)
         for _ in splitter.feed(said):
             pass
-        tokens = self._model.hosts.share(tokens + self._model.encode(said))
+        tokens = self.hosts.share(tokens + self._model.encode(said))
         yield from self._prefill(tokens, 0)
         return Reply(before, first, self._within_text(self._stream(tokens)), splitter, begun + said)
 
@@ -1718,7 +1708,7 @@ class Conversation:
             yield Piece("notice", f"{who} the model's {limit} tokens: left out from here on.")
         self._drop_live()
         # A clock or a date in the template may be different elsewhere.
-        tokens = self._model.hosts.share(tokens)
+        tokens = self.hosts.share(tokens)
         shared = 0 if self._cache.can_trim else self._shared_with_next_turn(messages[fitting:], tokens)
         yield from self._prefill(tokens, shared)
         begun = self._begun(text, messages[fitting:])
@@ -3010,10 +3000,8 @@ class Chat:
     @command("[PATH ...]")
     def _file(self, rest: str) -> None:
         """Put files before the next prompt; - drops them."""
-        try:
+        with foreign(f"/file {shortened(rest)}: {{}}"):
             words = shlex.split(rest)
-        except ValueError as error:
-            raise ChatError(f"/file {shortened(rest)}: {one_line(error)}") from error
         if words == ["-"]:
             self._files = []
         else:
@@ -3124,6 +3112,12 @@ def open_session(settings: Settings, kept: KeptChats, screen: Screen) -> tuple[S
     return session, messages, draft
 
 
+def missing_model() -> ChatError:
+    """Return the answer to a start without a model: the usage, and the models that are there already."""
+    lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
+    return ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
+
+
 def load(settings: Settings, screen: Screen, hosts: Hosts) -> Model:
     """Load the model that the settings name, and say so in a chat. Raises `ChatError`."""
     if settings.model is None:
@@ -3185,12 +3179,6 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     chat.draft, signals.chatting = as_typed(draft) * talks, talks
     chat.run()
     return int(chat.failed and not editor.interactive)
-
-
-def missing_model() -> ChatError:
-    """Return the answer to a start without a model: the usage, and the models that are there already."""
-    lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
-    return ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
 
 
 def open_streams() -> None:
