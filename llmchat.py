@@ -2230,8 +2230,8 @@ class Keyboard:
         os.set_blocking(self._editor, False)
         # Keys that the editor was not given yet, as they came; and what it is being given.
         self._waiting, self._sending = b"", b""
-        # The editor reads, and was given keys since it does.
-        self._feeding = self.fed = False
+        # The editor reads; since it does, it was given keys, and the end of a line.
+        self._feeding = self.fed = self._ended = False
         self._lock = threading.Lock()
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -2271,7 +2271,7 @@ class Keyboard:
         """Hand keys on to the line editor while it reads: these, those that wait, and what is typed."""
         try:
             with self._lock:
-                self._sending, self._feeding, self.fed = keys, True, False
+                self._sending, self._feeding, self.fed, self._ended = keys, True, False, False
             os.write(self._wake, NUDGE)
             yield
         except KeyboardInterrupt:
@@ -2342,9 +2342,13 @@ class Keyboard:
             if not select.select([], [self._editor], [], BURST_S)[1]:
                 return
             self._sending = self._sending[os.write(self._editor, share) :]
-            ended = share.endswith((b"\r", b"\n")) and not self._sending
-        if ended:
+            self._ended = share.endswith((b"\r", b"\n")) and not self._sending
+        if self._ended:
             self._await_end_of_line()
+
+    def holds_keys(self) -> bool:
+        """Tell if keys wait for the editor, or if it was given a whole line that nobody has got yet."""
+        return bool(self._waiting or self._sending or self._ended or select.select([self._terminal], [], [], 0)[0])
 
     def _next_keys(self) -> bytes:
         """Take a paste, or the keys up to the end of a line, from those that wait."""
@@ -2554,9 +2558,10 @@ class LineEditor:
 
     def typed(self) -> bool:
         """Tell if there was something in the prompt when Ctrl+C came."""
+        keyboard = self._keyboard
         # Libedit empties its buffer only when it is given a key.
-        typed = self._keyboard is not None and self._keyboard.fed and self._readline.get_line_buffer()
-        return bool(self._lines or typed)
+        fed = keyboard and keyboard.fed and self._readline.get_line_buffer()
+        return bool(self._lines or fed or (keyboard and keyboard.holds_keys()))
 
     def remember(self, prompt: str) -> None:
         """Add a prompt that somebody typed to the history, in the line editor and on disk."""
