@@ -42,7 +42,16 @@ from a model repository unless told to, and asks the network for nothing that is
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+# Ctrl+C while the rest is imported ends the program quietly; `main` takes the signals over.
+if os.path.basename(sys.argv[0]).startswith("llmchat") and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import base64
 import contextlib
 import copy
 import dataclasses
@@ -57,12 +66,12 @@ import io
 import itertools
 import json
 import locale
-import os
 import re
 import select
 import shlex
-import signal
-import sys
+import shutil
+import subprocess
+import tempfile
 import termios
 import threading
 import time
@@ -105,10 +114,10 @@ def shortened(text: str, most: int = 300) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return a foreign error's words on one short line without a full stop, never empty; this can't fail."""
-    words = ""
     with contextlib.suppress(Exception):
-        words = shortened(str(error)).rstrip(".")
-    return words or type(error).__name__
+        if words := shortened(getattr(error, "strerror", None) or str(error)).rstrip("."):
+            return words
+    return type(error).__name__
 
 
 @contextlib.contextmanager
@@ -123,17 +132,6 @@ def foreign(sentence: str, kind: type[ChatError] = ChatError) -> Iterator[None]:
         raise
     except BaseException as error:
         raise kind(sentence.replace("{}", one_line(error))) from error
-
-
-def reason(error: BaseException) -> str:
-    """Return the system's own words for an error, which libraries wrap in layers of theirs."""
-    while not (isinstance(error, OSError) and error.strerror):
-        # Also where the libraries say "from None".
-        inner = error.__cause__ or error.__context__
-        if inner is None:
-            return one_line(error)
-        error = inner
-    return error.strerror
 
 
 # -------------------------------------------------------------------------------------- Settings
@@ -183,9 +181,7 @@ def effort(text: str) -> bool | str:
 
 def shown_value(value: Any) -> str:
     """Return a parameter's value as a config file would say it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value is None else str(value)
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Option(NamedTuple):
@@ -214,18 +210,14 @@ class Settings:
     """Every parameter of the program. A field's name is its key, with `-` for `_`."""
 
     model: str | None = option(None, str, "MODEL", "a Hugging Face repository or a folder", FILE)
-    prompt: str | None = option(
-        None, str, "TEXT", "print the reply to TEXT and leave; piped input goes before it, - is that alone", FLAG, "-p"
-    )
+    prompt: str | None = option(None, str, "TEXT", "print the reply to TEXT, after piped input; - is that", FLAG, "-p")
     system: str | None = option(None, str, "TEXT", "the system prompt")
     max_tokens: int = option(512, number(int, 1), "N", "the longest answer, in tokens")
     temperature: float = option(0.7, number(float, 0, 10), "T", "how freely words are chosen; 0 takes the likeliest")
     top_p: float = option(0.9, number(float, 0, 1), "P", "choose among the likeliest with this total; 0 or 1 is off")
     top_k: int = option(0, number(int, 0), "K", "choose among the K likeliest tokens; 0 is off")
     min_p: float = option(0.0, number(float, 0, 1), "P", "leave out what is less likely than P times the likeliest")
-    repetition_penalty: float = option(
-        1.0, number(float, 0.01, 10), "X", "make the last 20 tokens of a reply less likely; 1 is off"
-    )
+    repetition_penalty: float = option(1.0, number(float, 0.01, 10), "X", "penalize the last 20 tokens; 1 is off")
     seed: int | None = option(None, number(int, 0, 2**32 - 1), "N", "make replies repeatable")
     history: bool = option(True, switch, None, "send the turns before a prompt with it", FILE)
     think: bool | str | None = option(None, effort, "low|medium|high", "have a reasoning model think, and how much")
@@ -273,14 +265,11 @@ class Settings:
         """
         advice = {name: config[name] for name in RECOMMENDABLE if config.get(name) is not None}
         advice.update({"temperature": 0} if config.get("do_sample") is False else {})
-        new = {
-            name: value for name, value in advice.items() if name not in self.sources and value != getattr(self, name)
-        }
+        free = advice.keys() - self.sources.keys()
+        new = {name: value for name, value in advice.items() if name in free and value != getattr(self, name)}
         for name, value in new.items():
-            try:
+            with foreign(f"{name} of generation_config.json {{}}: leave out --recommended."):
                 self.change(name, str(value), "generation_config.json")
-            except argparse.ArgumentTypeError as error:
-                raise ChatError(f"{name} of generation_config.json {error}: leave out --recommended.") from error
         return ", ".join(f"{name.replace('_', '-')} {shown_value(getattr(self, name))}" for name in new)
 
     def read(self, path: Path) -> None:
@@ -360,9 +349,8 @@ def read_flags(argv: Sequence[str] | None) -> dict[str, Any]:
             parser.error("the model is named without a flag: llmchat MODEL")
         parser.error(f"there is no flag {flag}{did_you_mean(flag, known) if flag.strip('-') else ''}")
     if rest:
-        parser.error(
-            f"a prompt goes after -p: llmchat {shortened(str(namespace.model), 80)} -p {shortened(rest[0], 40)!r}"
-        )
+        model, prompt = shortened(str(namespace.model), 80), shortened(rest[0], 40)
+        parser.error(f"a prompt goes after -p: llmchat {model} -p {prompt!r}")
     return vars(namespace)
 
 
@@ -481,9 +469,8 @@ def missing_files(folder: Path) -> list[str]:
     weights: Iterable[str] = [file.name for file in folder.glob(WEIGHTS)] or ["model.safetensors"]
     with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
         weights = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"].values()
-    return [
-        name for name in ("config.json", "tokenizer_config.json", *sorted({*weights})) if not (folder / name).exists()
-    ]
+    needed = ("config.json", "tokenizer_config.json", *sorted({*weights}))
+    return [name for name in needed if not (folder / name).exists()]
 
 
 def cached_models() -> list[str]:
@@ -532,11 +519,20 @@ HUB_FAILURES: dict[str | int, str] = {
     "HFValidationError": f"'{{name}}' can't be the name of a repository: a name looks like {EXAMPLE_MODEL}.",
     "OfflineModeIsEnabled": "{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or name"
     " a model that is here (llmchat alone lists them).",
+    "JSONDecodeError": "{hub} answers with a page where data should be: if this network wants a log-in, open it in a"
+    " browser.",
     401: "{hub} does not accept the token that is in use: log in again with 'hf auth login', or unset HF_TOKEN.",
     403: "{hub} refuses to hand out {name}: ask for access at {hub}/{name}, then log in with 'hf auth login'.",
     429: f"{{hub}} takes no more requests from here for now: wait some minutes, or log in with 'hf auth login'. {KEPT}",
     500: f"{{hub}} has a problem of its own (status {{status}}), so {{what}} could not be fetched: try later. {KEPT}",
 }
+
+
+def reason(error: BaseException) -> str:
+    """Return the system's own words for an error, which libraries wrap in layers of theirs, also "from None"."""
+    if (isinstance(error, OSError) and error.strerror) or not (inner := error.__cause__ or error.__context__):
+        return one_line(error)
+    return reason(inner)
 
 
 def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
@@ -617,16 +613,13 @@ class Model:
         return inspect.getsource(module) if module else str(self.tokenizer.chat_template)
 
     @functools.cached_property
-    def _variables(self) -> set[str]:
+    def variables(self) -> set[str]:
+        """The variables that the chat template reads, and a few names more."""
         # The names in a template's code that are no attributes and no strings. mlx-lm tells a function one thing.
         if self._function:
             return {"enable_thinking"}
         code = "".join(re.findall(r"{[{%].*?[%}]}", self.template, re.DOTALL))
         return {*re.findall(r"(?<![.\w])\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", code))}
-
-    def reads(self, variable: str) -> bool:
-        """Tell if the chat template reads a variable."""
-        return variable in self._variables
 
     def render(self, messages: Sequence[dict[str, Any]], prompted: bool = True, **variables: Any) -> str:
         """Return the chat template's text for `messages`, if prompted up to where the reply starts.
@@ -667,14 +660,16 @@ class Model:
 OTHER_FORMATS = {".gguf": "GGUF", ".bin": "PyTorch", ".pt": "PyTorch", ".pth": "PyTorch", ".onnx": "ONNX"}
 # The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the like do talk.
 SILENT_ARCHITECTURE = re.compile(r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtraction$|For\w*Classification$")
+# What configurations call the number of tokens that a model was made for, and its number of layers.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
 
-def context_length(config: dict[str, Any]) -> int | None:
-    """Return the number of tokens that the model was made for, or None where its configuration doesn't say."""
+def first_size(config: dict[str, Any], keys: Sequence[str]) -> int | None:
+    """Return the first of these sizes that a configuration tells, or None."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    lengths = (part.get(key) for part in parts for key in CONTEXT_KEYS)
-    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    sizes = (part.get(key) for part in parts for key in keys)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
 def usable_memory() -> tuple[int, int]:
@@ -686,17 +681,6 @@ def usable_memory() -> tuple[int, int]:
         return memory, memory
     device = (getattr(mx, "device_info", None) or mx.metal.device_info)()
     return memory, int(device.get("max_recommended_working_set_size") or memory)
-
-
-def damage(file: Path) -> str:
-    """Return what is wrong with a safetensors file, if anything. MLX before 0.30 loads a cut one without a word."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "np"):
-            return ""
-    except (SafetensorError, OSError) as error:
-        return one_line(error)
 
 
 def sizes_in(folder: Path) -> int:
@@ -727,8 +711,8 @@ class Loader:
         line = f"{self._doing}: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
         if self._doing == "loading" or not done or spent_s < PATIENT_S:
             return line
-        left_s = (total - done) * spent_s / done
-        return f"{line} · {done / spent_s / 1e6:.1f} MB/s · {left_s // 60:.0f}:{left_s % 60:02.0f} left"
+        left_s = max(0, round((total - done) * spent_s / done))
+        return f"{line} · {done / spent_s / 1e6:.1f} MB/s · {left_s // 60}:{left_s % 60:02} left"
 
     def _begin(self, doing: str, total_bytes: int = 0, done: Callable[[], int] = lambda: 0) -> None:
         self._doing, self._done, self._total, self._since_s = doing, done, total_bytes, time.monotonic()
@@ -740,6 +724,8 @@ class Loader:
             self._find_in_hub()
         elif self._settings.revision:
             raise ChatError(f"{self._name} is a folder, which has no revisions: leave out --revision.")
+        if not os.path.isdir(os.environ.get("TMPDIR", "/")):
+            raise ChatError("TMPDIR names no folder, and MLX needs one: make it, or unset TMPDIR.")
         weights = sorted(self._folder.glob(WEIGHTS))
         read = read_ahead(weights)
         self._begin("loading", done=lambda: sum(read))
@@ -748,35 +734,28 @@ class Loader:
         config = self._check_folder(weights)
         net, tokenizer = self._load_engine()
         if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
-            raise ChatError(
-                f"{self._name} has no chat template, so it can't hold a conversation; name its instruct-tuned sibling,"
-                f" or try {EXAMPLE_MODEL}."
-            )
-        return Model(self._name, net, tokenizer, context_length(config), self._hosts, self._recommended())
+            advice = f"name its instruct-tuned sibling, or try {EXAMPLE_MODEL}."
+            raise ChatError(f"{self._name} has no chat template, so it can't hold a conversation: {advice}")
+        context_length = first_size(config, CONTEXT_KEYS)
+        return Model(self._name, net, tokenizer, context_length, self._hosts, self._recommended())
 
     def _recommended(self) -> dict[str, Any]:
         file = self._folder / "generation_config.json"
-        try:
+        with foreign(f"{file.name} of {self._name} can't be read: {{}}. Leave out --recommended."):
             config = json.loads(file.read_bytes()) if self._settings.recommended else {}
-        except (OSError, ValueError) as error:
-            raise ChatError(
-                f"{file.name} of {self._name} can't be read: {reason(error)}. Leave out --recommended."
-            ) from error
         return config if isinstance(config, dict) else {}
 
-    def _broken(self, what: str) -> ChatError:
+    def _broken(self, what: str) -> str:
         repository = self._folder.parent.parent
         mend = f"Put a whole copy of the model into {self._folder}."
         if repository.parent == hub_cache():
             mend = f"Remove {repository}, and it is downloaded again."
-        return ChatError(f"{what}. {mend}")
+        return f"{what}. {mend}"
 
     def _find_in_hub(self) -> None:
         if not REPOSITORY.fullmatch(self._name) or self._folder.exists():
-            raise ChatError(
-                f"'{shortened(self._name)}' is no model folder, and can't be the name of a repository: name a folder,"
-                f" or a repository such as {EXAMPLE_MODEL}."
-            )
+            name = shortened(self._name)
+            raise ChatError(f"'{name}' is no model folder and no repository's name, which is like {EXAMPLE_MODEL}.")
         self._folder = snapshot(self._name, self._settings.revision)
         if not missing_files(self._folder):
             return
@@ -814,17 +793,22 @@ class Loader:
             hf_hub_download(name, file, revision=self._folder.name)
 
     def _check_folder(self, weights: Sequence[Path]) -> dict[str, Any]:
-        try:
+        from safetensors import safe_open
+
+        with foreign(self._broken(f"{self._name} can't be read: {{}}")):
             names = [entry.name for entry in self._folder.iterdir()]
             self._check_names(names)
             config = self._check_config(names)
             self._total = sum(file.stat().st_size for file in weights)
             self._check_memory(self._total)
-        except OSError as error:
-            raise self._broken(f"{self._name} can't be read: {one_line(error)}") from error
+        tensors = 0
         for file in weights:
-            if wrong := damage(file):
-                raise self._broken(f"{file.name} of {self._name} can't be loaded: {wrong}")
+            # MLX before 0.30 loads a cut file without a word.
+            sentence = self._broken(f"{file.name} of {self._name} can't be loaded: {{}}")
+            with foreign(sentence), safe_open(file, "np") as opened:
+                tensors += len(opened.keys())
+        if (layers := first_size(config, LAYER_KEYS) or 0) > tensors:
+            raise ChatError(f"{self._name} claims to have {layers:.0e} layers: name another model.")
         adapter = self._settings.adapter
         if adapter and not Path(adapter, "adapters.safetensors").exists():
             raise ChatError(f"There is no adapter in {adapter}: name a folder that holds an adapters.safetensors.")
@@ -838,17 +822,13 @@ class Loader:
             held = f"holds its weights as {' and '.join(sorted(formats))} files" if formats else f"holds no {WEIGHTS}"
             raise ChatError(f"{self._name} {held}, where MLX needs {WEIGHTS}: look for it at mlx-community.")
         if "config.json" not in files:
-            raise ChatError(
-                f"{self._name} has no config.json: name the folder of a model, or a Hugging Face repository."
-            )
+            raise ChatError(f"{self._name} has no config.json: name a model's folder, or a Hugging Face repository.")
 
     def _check_config(self, files: Collection[str]) -> dict[str, Any]:
         """Return the configuration of a model that mlx-lm knows, that talks, and that brings no code to run."""
         name = self._name
-        try:
+        with foreign(self._broken(f"config.json of {name} can't be read: {{}}")):
             config = json.loads((self._folder / "config.json").read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise self._broken(f"config.json of {name} can't be read: {one_line(error)}") from error
         if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
             raise ChatError(f"config.json of {name} names no model_type, so mlx-lm can't load it. Name another model.")
         listed = config.get("architectures")
@@ -875,14 +855,12 @@ class Loader:
         # The look-up of mlx-lm's own `load`, which follows its tables of other names. A version that has moved it
         # says the same a little later, when it loads.
         look_up = getattr(mlx_lm.utils, "_get_classes", lambda config: None)
-        try:
+        images = "; it is a model for images" * ("vision_config" in config)
+        with foreign(
+            f"{self._name} is of type {shortened(config['model_type'])}, which mlx-lm {mlx_lm.__version__} doesn't"
+            f" know{images}: update mlx-lm (the newest may need a newer Python), or name another model."
+        ):
             look_up(config)
-        except Exception as error:
-            images = "; it is a model for images" * ("vision_config" in config)
-            raise ChatError(
-                f"{self._name} is of type {shortened(config['model_type'])}, which mlx-lm {mlx_lm.__version__} doesn't"
-                f" know{images}: update mlx-lm (the newest may need a newer Python), or name another model."
-            ) from error
 
     def _check_memory(self, weight_bytes: int) -> None:
         memory, usable = (size / GIB for size in usable_memory())
@@ -895,8 +873,6 @@ class Loader:
             )
 
     def _check_disk(self, missing_bytes: int) -> None:
-        import shutil
-
         free = shutil.disk_usage(self._folder).free
         if missing_bytes > free:
             raise ChatError(
@@ -912,9 +888,8 @@ class Loader:
         for key in ("num_attention_heads", "num_key_value_heads"):
             # mlx-lm itself would round the number down.
             if isinstance(config.get(key), int) and config[key] % self._hosts.size:
-                raise ChatError(
-                    f"{self._name} can't be shared evenly among {self._hosts.size} hosts: its {key} are {config[key]}."
-                )
+                many = f"{self._hosts.size} hosts: its {key} are {config[key]}"
+                raise ChatError(f"{self._name} can't be shared evenly among {many}.")
 
     def _load_engine(self) -> tuple[Any, Any]:
         """Return the network, or this host's share of it, and the tokenizer."""
@@ -940,15 +915,11 @@ class Loader:
             if "trust_remote_code" in str(error):
                 raise self._untrusted() from error
             if os.strerror(errno.EMFILE) in words:
-                raise ChatError(
-                    f"{self._name} has too many files for this shell: try again after ulimit -n 4096."
-                ) from error
+                raise ChatError(f"{self._name} has too many files for this shell: ulimit -n 4096 helps.") from error
             if adapter:
-                raise ChatError(
-                    f"{self._name} can't be loaded with {adapter}: {words}. Name another adapter."
-                ) from error
+                raise ChatError(f"{self._name} can't be loaded with {adapter}: {words}. Name another one.") from error
             missing = "".join(f". {name} is missing" for name in missing_files(self._folder)[:1])
-            raise self._broken(f"{self._name} could not be loaded: {words}{missing}") from error
+            raise ChatError(self._broken(f"{self._name} could not be loaded: {words}{missing}")) from error
         return loaded[0], loaded[1]
 
 
@@ -1116,26 +1087,19 @@ class Piece(NamedTuple):
 # The kinds of a reply's text that are never shown: before its first mark or word, between thought and answer, beyond.
 START, BETWEEN, HIDDEN = "start", "between", "hidden"
 
-# Contents in blocks, by the type of block that a template reads (Ministral's, Apertus').
-BLOCKS: dict[str, Callable[[str, str], Any]] = {
-    "thinking blocks": lambda thought, answer: [
-        *([{"type": "thinking", "thinking": thought}] if thought else []),
-        {"type": "text", "text": answer},
-    ],
-    "thoughts blocks": lambda thought, answer: {
-        "blocks": [
-            *([{"type": "thoughts", "text": thought}] if thought else []),
-            {"type": "response", "text": answer},
-        ]
-    },
-}
+# Contents in blocks of types that templates read (Ministral's, Apertus').
+BLOCKS = ("thinking blocks", "thoughts blocks")
 
 
 def in_place(place: str, thought: str, answer: str) -> dict[str, Any]:
     """Return a reply as a message for a template that takes a thought in a place: a field, or blocks of the content."""
-    if place in BLOCKS:
-        return {"content": BLOCKS[place](thought, answer)}
-    return {"content": answer, **({place: thought} if thought else {})}
+    if place not in BLOCKS:
+        return {"content": answer, **({place: thought} if thought else {})}
+    if place == "thinking blocks":
+        blocks = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": answer}]
+        return {"content": blocks[not thought :]}
+    blocks = [{"type": "thoughts", "text": thought}, {"type": "response", "text": answer}]
+    return {"content": {"blocks": blocks[not thought :]}}
 
 
 class ThoughtFormat(NamedTuple):
@@ -1195,8 +1159,8 @@ class ThoughtFormat(NamedTuple):
         for format in (self, self._replace(start="<think>", end="</think>")):
             if message["role"] == "assistant" and "reasoning_content" not in message:
                 splitter = ThoughtSplitter(format)
-                for _ in (*splitter.feed(message["content"]), *splitter.finish()):
-                    pass
+                list(splitter.feed(message["content"]))
+                list(splitter.finish())
                 message = {**message, **splitter.said()}
         return message
 
@@ -1206,19 +1170,16 @@ SWITCHES, DEGREES, BUDGET = ("enable_thinking", "thinking"), ("reasoning_effort"
 BUDGETS = {"none": 0, "minimal": 0, "low": 512, "medium": 4096, "high": 16384}
 
 
-def least_degree(model: Model) -> str:
-    """Return the least degree of thinking that a template knows by name; it is what comes nearest to none."""
-    return next((word for word in ("none", "minimal") if re.search(rf"""['"]{word}['"]""", model.template)), "low")
-
-
 def think_variables(model: Model, think: bool | str | None) -> dict[str, Any]:
     """Return the variables that ask a template for a way to think: on, off, a degree, or None for its own default."""
     if think is None:
         return {}
     asked: dict[str, Any] = dict.fromkeys(SWITCHES, think is not False)
-    if degree := think if isinstance(think, str) else least_degree(model) if think is False else "":
+    # The least degree that a template knows by name comes nearest to none.
+    least = next((word for word in ("none", "minimal") if re.search(rf"""['"]{word}['"]""", model.template)), "low")
+    if degree := think if isinstance(think, str) else "" if think else least:
         asked.update(dict.fromkeys(DEGREES, degree), **{BUDGET: BUDGETS[degree] if think else 0})
-    return {name: value for name, value in asked.items() if model.reads(name)}
+    return {name: value for name, value in asked.items() if name in model.variables}
 
 
 # Made-up words, by which a rendering tells where a template puts what.
@@ -1253,7 +1214,7 @@ class ThoughtFinder:
         """Return the format; it is empty for a model that doesn't think."""
         if not OF_THOUGHTS.search(self._template + self._vocabulary):
             return ThoughtFormat()
-        self._switches += [{name: on} for name in SWITCHES if self._model.reads(name) for on in (True, False)]
+        self._switches += [{name: on} for name in SWITCHES if name in self._model.variables for on in (True, False)]
         for switches in self._switches:
             with contextlib.suppress(ChatError):
                 self._prompts.append(self._model.render(self._before({"content": EARLIER}), **switches))
@@ -1367,8 +1328,8 @@ class ThoughtSplitter:
         self.kind = START
         self._texts = {"thought": "", "answer": ""}
         self._held = ""
-        for _ in self.feed(begun):
-            self._texts = {"thought": "", "answer": ""}
+        list(self.feed(begun))
+        self._texts = {"thought": "", "answer": ""}
 
     def feed(self, text: str) -> Iterator[Piece]:
         """Yield what is certain of all the text so far."""
@@ -1557,8 +1518,7 @@ class Conversation:
         begun = self._begun(text, before[first:])
         said = self._format.said(self._as_text(reply), begun)
         splitter = ThoughtSplitter(self._format, begun)
-        for _ in splitter.feed(said):
-            pass
+        list(splitter.feed(said))
         tokens = self.hosts.share(tokens + self._model.encode(said))
         yield from self._prefill(tokens, 0)
         return Reply(before, first, self._within_text(self._stream(tokens)), splitter, begun + said)
@@ -1575,13 +1535,11 @@ class Conversation:
     def _close_thought(self, live: Reply) -> None:
         """Have the model hear that it has thought enough, and begin the answer; only the mark is computed."""
         live.responses.close()
-        for _ in live.splitter.feed(self._format.closing):
-            pass
+        list(live.splitter.feed(self._format.closing))
         live.said += self._format.closing
         tokens = self._cache.tokens + self._model.encode(self._format.closing)
         self._cache.rewind(tokens)
-        for _ in self._cache.prefill(tokens, 0):
-            pass
+        list(self._cache.prefill(tokens, 0))
         live.responses = self._stream(tokens)
 
     def undo(self) -> str:
@@ -1790,8 +1748,6 @@ def replace_file(path: Path, data: bytes, *, locked: bool = False) -> io.FileIO:
 
     Returns it open, and if wanted locked already when it gets its name.
     """
-    import tempfile
-
     # What the name leads to is replaced, so that a link stays one.
     path = path.resolve()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -1878,10 +1834,8 @@ class SessionFile:
         """Make the file hold these messages, on disk when this returns. Raises `ChatError`."""
         if messages == self.messages:
             return
-        try:
+        with foreign(f"{self._path} could not be written: {{}}. /save FILE may."):
             replaced, self._file = self._file, replace_file(self._path, as_lines(messages), locked=True)
-        except OSError as error:
-            raise ChatError(f"{self._path} could not be written: {error.strerror}. /save FILE may.") from error
         replaced.close()
         self.messages = list(messages)
 
@@ -1905,12 +1859,10 @@ class KeptChats:
 
     def begin(self, model: str) -> SessionFile:
         """Begin a file; the oldest of too many go. Raises `ChatError`."""
-        try:
+        with foreign(f"{self.folder} can't be used to keep conversations: {{}}."):
             self.folder.mkdir(mode=0o700, exist_ok=True)
             for file in self._files()[self.MOST - 1 :]:
                 file.unlink(missing_ok=True)
-        except OSError as error:
-            raise ChatError(f"{self.folder} can't be used to keep conversations: {reason(error)}.") from error
         moment = f"{time.strftime('%Y-%m-%d %H.%M.%S')}.{time.time_ns() % 1_000_000_000:09}"
         return SessionFile(self.folder / f"{moment} {self._key(model)}.jsonl")
 
@@ -2007,29 +1959,26 @@ class WordWrap:
         """Return what is certain of all the text so far."""
         return "".join(map(self._put, text))
 
-    def flush(self) -> str:
-        """Return what was held back, at the end of a text."""
-        return self._end_word()
-
     def _put(self, char: str) -> str:
         if char == "\n":
-            rest, verbatim = self._end_word(), self._line.lstrip().startswith(self.VERBATIM[1:])
+            rest, verbatim = self.flush(), self._line.lstrip().startswith(self.VERBATIM[1:])
             self._fenced ^= verbatim
             self._line, self._column, self._blanks = "", 0, ""
             return rest + char
         self._line += char if len(self._line.lstrip()) < len("```") else ""
         if self._fenced or self._line.lstrip().startswith(self.VERBATIM):
-            return self._end_word() + char
+            return self.flush() + char
         if char == " ":
-            rest = self._end_word()
+            rest = self.flush()
             self._blanks += char
             return rest
         # Scripts without blanks may break at any wide character.
-        rest = self._end_word() if width(char) > 1 else ""
+        rest = self.flush() if width(char) > 1 else ""
         self._word += char
         return rest
 
-    def _end_word(self) -> str:
+    def flush(self) -> str:
+        """Return what was held back, at the end of a word or of the text."""
         if not self._word:
             return ""
         word, taken, columns = self._blanks + self._word, width(self._word), self._columns()
@@ -2082,17 +2031,13 @@ class Screen:
         self._stderr.flush()
 
     def note(self, text: str, colour: str = DIM) -> None:
-        """Tell the user something that is not part of the session, dim on a terminal."""
+        """Tell the user something that is not part of the session, dim on a terminal; what went wrong is `RED`."""
         self.end_wait()
         text = cleaned(text)
         if self._stderr.isatty():
             wrap = WordWrap(self._columns)
             text = wrap.feed(text) + wrap.flush()
         self.hint(self._coloured(text, colour) + "\n")
-
-    def error(self, text: str) -> None:
-        """Say what went wrong."""
-        self.note(text, RED)
 
     def wait(self, doing: Callable[[], str]) -> None:
         """Have a line tell what is going on, until anything else is shown; `doing` is asked again and again."""
@@ -2663,13 +2608,6 @@ def command(arguments: str = "") -> Callable[[Callable[[Chat, str], None]], Call
     return declare
 
 
-def file_names(start: str) -> list[str]:
-    """Return the names of files that begin so, folders with a slash."""
-    found = glob.glob(glob.escape(os.path.expanduser(start)) + "*")
-    head = start[: start.rfind("/") + 1]
-    return sorted(head + os.path.basename(name) + "/" * os.path.isdir(name) for name in found)
-
-
 def completions(line: str) -> list[str]:
     """Return the lines that Tab may make of a line's beginning: commands, keys of `/set`, file names, or just a tab."""
     if not line.startswith("/"):
@@ -2679,13 +2617,13 @@ def completions(line: str) -> list[str]:
     if not space:
         wholes = (f"{name} " if about.arguments else name for name, about in COMMANDS.items())
     elif word == "/set":
-        wholes = (
-            f"/set {key} " for key, (name, negated) in KEYS.items() if OPTIONS[name].scope is CHAT and not negated
-        )
+        wholes = (f"/set {key} " for key, (name, no) in KEYS.items() if OPTIONS[name].scope is CHAT and not no)
     elif word in ("/save", "/file"):
         # Only /file takes several, and it splits them at spaces.
-        name = rest.rpartition(" ")[2] if word == "/file" else rest
-        wholes = (line[: len(line) - len(name)] + found for found in file_names(name))
+        start = rest.rpartition(" ")[2] if word == "/file" else rest
+        head = line[: len(line) - len(start) + start.rfind("/") + 1]
+        found = sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*"))
+        wholes = (head + os.path.basename(name) + "/" * os.path.isdir(name) for name in found)
     return [whole for whole in wholes if whole.startswith(line) and cleaned(whole) == whole]
 
 
@@ -2697,22 +2635,19 @@ def read_texts(pattern: str) -> list[str]:
         raise ChatError(f"There is no file {shortened(pattern)}: nothing is added.")
     texts = []
     for name in found:
-        try:
+        with foreign(f"{shortened(name)} can't be read as text: {{}}. Nothing is added."):
             text = Path(name).read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise ChatError(f"{shortened(name)} can't be read as text: {reason(error)}. Nothing is added.") from error
         if "\0" in text:
             raise ChatError(f"{shortened(name)} is no text: nothing is added.")
         texts.append(f"{name}:\n\n{text.strip()}")
     return texts
 
 
-def put_in_clipboard(text: str, screen: Screen) -> None:
-    """Put a text into the clipboard by the first program there is for it, or else by asking the terminal (OSC 52)."""
-    import base64
-    import shutil
-    import subprocess
+def put_in_clipboard(text: str, screen: Screen) -> str:
+    """Put a text into the clipboard by the first program there is for it, or else by asking the terminal (OSC 52).
 
+    Returns what was done. Raises `ChatError`.
+    """
     programs = [("pbcopy", "HOME"), ("wl-copy", "WAYLAND_DISPLAY"), ("xclip -selection clipboard", "DISPLAY")]
     # Within tmux an OSC 52 of a program's own is dropped by default; this has tmux itself send one.
     programs.append(("tmux load-buffer -w -", "TMUX"))
@@ -2720,8 +2655,11 @@ def put_in_clipboard(text: str, screen: Screen) -> None:
         if shutil.which(words[0]):
             if subprocess.run(words, input=text.encode(errors="replace"), check=False).returncode:
                 raise ChatError(f"{words[0]} could not copy it.")
-            return
-    screen.write(f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\x07" * screen.watched)
+            return f"{len(text)} characters are copied."
+    if not screen.watched:
+        raise ChatError("There is no clipboard here.")
+    screen.write(f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\x07")
+    return f"{len(text)} characters went to the terminal, to be copied."
 
 
 def as_typed(prompt: str) -> str:
@@ -2806,7 +2744,7 @@ class Chat:
 
     def _complain(self, error: ChatError) -> None:
         self._screen.end_reply()
-        self._screen.error(str(error))
+        self._screen.note(str(error), RED)
         self.failed = True
 
     def _obey(self, prompt: str) -> None:
@@ -2817,9 +2755,7 @@ class Chat:
             word = ""
         if word in COMMANDS:
             if rest and not COMMANDS[word].arguments:
-                raise ChatError(
-                    f"{word} takes no text, so nothing was done. To send a line that starts with /, type //."
-                )
+                raise ChatError(f"{word} takes no text: nothing was done. To send a line that starts with /, type //.")
             COMMANDS[word].obey(self, rest.strip())
         elif re.fullmatch(r"/[a-z]+", word):
             hint = did_you_mean(word, COMMANDS) or "; /help lists them."
@@ -2851,9 +2787,7 @@ class Chat:
         self.say(prompt)
         reply = self._conversation.messages[-1]
         if "finish_reason" in reply and not reply["content"]:
-            raise ChatError(
-                "The reply ended inside its thought, without an answer: --max-thought-tokens closes it sooner."
-            )
+            raise ChatError("The reply ended within its thought: --max-thought-tokens closes that sooner.")
         if not reply["content"].strip():
             raise ChatError("The reply holds no answer: ask again, or in other words.")
         return int(self.failed)
@@ -2914,9 +2848,8 @@ class Chat:
         """Say how a reply ended, where that is not plain to see."""
         reply: Message = self._conversation.messages[-1] if self._conversation.messages else {}
         ended, said = (statistics.finish_reason, statistics.generation_tokens) if statistics else (None, 0)
-        goes_on = "/continue goes on" + ", /answer ends the thought" * (
-            "reasoning_content" in reply and not reply["content"]
-        )
+        thinks = "reasoning_content" in reply and not reply["content"]
+        goes_on = "/continue goes on" + ", /answer ends the thought" * thinks
         if statistics and statistics.full:
             goes_on = "the context is full"
         if self._signals.pressed and ended != "stop":
@@ -2985,10 +2918,8 @@ class Chat:
             return
         if name == "system":
             self._set_aside()
-        try:
+        with foreign(f"{key} {{}}"):
             name = self._settings.change(key, value.strip(), "here", [CHAT])
-        except argparse.ArgumentTypeError as error:
-            raise ChatError(f"{key} {error}") from error
         if self._settings.system == "-":
             self._settings.system = None
         if name == "seed":
@@ -3006,7 +2937,7 @@ class Chat:
     def _file(self, rest: str) -> None:
         """Put files before the next prompt; - drops them."""
         with foreign(f"/file {shortened(rest)}: {{}}"):
-            words = shlex.split(rest)
+            words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
         if words == ["-"]:
             self._files = []
         else:
@@ -3023,21 +2954,14 @@ class Chat:
     @command("[TEXT]")
     def _edit(self, rest: str) -> None:
         """Edit TEXT, or the last prompt, in $VISUAL or $EDITOR."""
-        import subprocess
-        import tempfile
-
         program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
         before = [message["content"] for message in self._conversation.messages if message["role"] == "user"]
         with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self._editor.lent():
             file = Path(folder, "prompt.md")
             file.write_text(rest or (before[-1] if before else ""), encoding="utf-8", errors="replace")
-            try:
+            with foreign(f"{program} can't be used to edit: {{}}. Set EDITOR to another one."):
                 status = subprocess.run([*shlex.split(program), str(file)], check=False).returncode
                 text = file.read_text(encoding="utf-8", errors="replace").strip("\n")
-            except (OSError, ValueError) as error:
-                raise ChatError(
-                    f"{program} can't be used to edit: {reason(error)}. Set EDITOR to another one."
-                ) from error
         if status:
             raise ChatError(f"{program} ended with status {status}: nothing is taken from it.")
         self.draft = as_typed(text)
@@ -3054,8 +2978,7 @@ class Chat:
             if not asked or not 0 < int(asked[1] or 1) <= len(blocks):
                 raise ChatError(f"/copy code N takes a number from 1 to {len(blocks)}: the blocks of the last answer.")
             text = blocks[int(asked[1] or len(blocks)) - 1][1]
-        put_in_clipboard(text, self._screen)
-        self._screen.note(f"{len(text)} characters are copied.")
+        self._screen.note(put_in_clipboard(text, self._screen))
 
     @command("FILE")
     def _save(self, rest: str) -> None:
@@ -3066,12 +2989,10 @@ class Chat:
             return
         path = Path(os.path.expanduser(rest))
         written = as_markdown if path.suffix == ".md" else as_lines
-        try:
+        with foreign(f"{shortened(rest)} could not be written: {{}}. Name another file."):
             if path.exists():
                 raise ChatError(f"{path} is there already, and was not replaced: name another file.")
             replace_file(path, written(self._messages())).close()
-        except (OSError, ValueError) as error:
-            raise ChatError(f"{shortened(rest)} could not be written: {reason(error)}. Name another file.") from error
         self._screen.note(f"{len(self._conversation.messages)} messages are in {path}.")
 
     def _list_settings(self, names: Sequence[str]) -> None:
@@ -3165,9 +3086,7 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     session, messages, draft = open_session(settings, kept, screen) if hosts.rank == 0 else (None, [], "")
     settings.model, settings.system, messages = hosts.share([settings.model, settings.system, messages])
     if draft and not talks:
-        screen.note(
-            f"The last prompt in {settings.session or 'the conversation'} got no reply, and is left out: {draft}"
-        )
+        screen.note(f"The last prompt of {settings.session or 'the chat'} got no reply, and is left out: {draft}")
     model = load(settings, screen, hosts)
     signals.leave_if_due()
     advice = settings.recommend(model.recommended)
@@ -3239,7 +3158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # Python's own flush at exit must not fail once more on a standard output that is gone, or full.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status, complaint = 1, f"Standard input or output can't be used any more: {reason(error)}."
+        status, complaint = 1, f"Standard input or output can't be used any more: {one_line(error)}."
         if isinstance(error, BrokenPipeError):
             status, complaint = 128 + signal.SIGPIPE, ""
     except Exception:
@@ -3252,7 +3171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
             time.sleep(2.0)
             complaint = f"On {os.uname().nodename}: {complaint}"
-        Screen(sys.stdout, sys.stderr, watched=False).error(f"llmchat: error: {complaint}")
+        Screen(sys.stdout, sys.stderr, watched=False).note(f"llmchat: error: {complaint}", RED)
     return signals.status or status
 
 
