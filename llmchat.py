@@ -2325,6 +2325,8 @@ def use_utf8() -> None:
         if locale.nl_langinfo(locale.CODESET) in ("ANSI_X3.4-1968", "US-ASCII"):
             with contextlib.suppress(locale.Error):
                 locale.setlocale(locale.LC_CTYPE, name)
+                # Python's readline goes back to the environment's locale for each line.
+                os.environ["LC_ALL"] = name
 
 
 class LineEditor:
