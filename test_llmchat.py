@@ -36,7 +36,6 @@ import tempfile
 import termios
 import threading
 import time
-import traceback
 from importlib.metadata import distribution, version
 from pathlib import Path
 from statistics import median
@@ -62,85 +61,6 @@ SPECIAL_TOKENS = [
     *("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
 ]
 
-CHATML = (
-    "{{ '<|begin|>' }}{% for m in messages %}"
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-# As Qwen3's: an old thought is left out, and a template argument turns thinking off.
-THINKING = (
-    "{{ '<|begin|>' }}{% for m in messages %}"
-    "{% if m.role == 'assistant' %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}"
-    "{% else %}{% set text = m.content %}{% endif %}"
-    "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{% endif %}"
-)
-
-# As DeepSeek-R1's and Qwen3-Thinking's: the template has already opened the thought.
-OPENED = THINKING.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}")
-
-# As gpt-oss's: channels, which must not stand in a content; a thought is shown only in training.
-HARMONY = (
-    "{{ '<|start|>system<|message|>You are a test.<|end|>' }}{% for m in messages %}"
-    "{% if '<|channel|>' in m.content %}{{ raise_exception('content holds a channel mark') }}{% endif %}"
-    "{% if m.thinking and loop.last and not add_generation_prompt %}"
-    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
-    "{{ '<|start|>' + m.role + ('<|channel|>final' if m.role == 'assistant' else '') }}"
-    "{{ '<|message|>' + m.content + '<|end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A kind of model: its architecture, its template, and how it writes a thought and an answer."""
-
-    model_type: str
-    template: str
-    reply: str = "{answer}"
-    end: str = "<|im_end|>"
-    config: dict = dataclasses.field(default_factory=dict)
-    # The place where the template takes a thought back, the flags that ask for it, and what they tell the template.
-    place: str = ""
-    flags: tuple[str, ...] = ()
-    variables: dict = dataclasses.field(default_factory=dict)
-
-    @property
-    def closing(self) -> str:
-        """What stands between a thought and an answer."""
-        return self.reply.partition("{thought}")[2].partition("{answer}")[0]
-
-
-HYBRID = {
-    **{"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
-    **{"linear_conv_kernel_dim": 4, "num_experts": 0, "num_experts_per_tok": 0, "decoder_sparse_step": 1},
-    **{"shared_expert_intermediate_size": 128, "mlp_only_layers": [], "moe_intermediate_size": 128},
-    **{"partial_rotary_factor": 0.5, "full_attention_interval": 2},
-}
-YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-}
-SLIDING = {
-    **{"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 32, "rope_scaling": YARN},
-    "layer_types": ["sliding_attention", "full_attention"],
-}
-CHANNELS = "<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{answer}"
-THOUGHT_THEN_ANSWER = "<think>\n{thought}\n</think>\n\n{answer}"
-FAMILIES = {
-    "dense": Family("llama", CHATML),
-    "thinking": Family("qwen3", THINKING, THOUGHT_THEN_ANSWER),
-    "opened": Family("qwen3", OPENED, "{thought}\n</think>\n\n{answer}"),
-    "sliding": Family("gpt_oss", HARMONY, CHANNELS, "<|return|>", SLIDING),
-    "hybrid": Family("qwen3_next", THINKING, THOUGHT_THEN_ANSWER, config=HYBRID),
-}
-
 
 def chatml(reply: str, prompt: str = "", before: str = "") -> str:
     """A template that writes replies in a way of its own, and may begin the next one."""
@@ -158,116 +78,121 @@ def unless_off(text: str) -> str:
     return "{% if enable_thinking is defined and not enable_thinking %}{{ '" + text + "' }}{% endif %}"
 
 
-# The ways in which real templates take a thought back, one a row.
-SEED, BARE = "<seed:think>{thought}</seed:think>{answer}", "<think>{thought}</think>{answer}"
-OWN = "<|think|>{thought}<|end|><|im_start|>assistant\n<|content|>{answer}"
-INNER, MISTRAL = "<|inner_prefix|>{thought}<|inner_suffix|>{answer}", "[THINK]{thought}[/THINK]{answer}"
-COHERE = "<|START_THINKING|>{thought}<|END_THINKING|><|START_RESPONSE|>{answer}<|END_RESPONSE|>"
+CHATML = chatml("{{ m.content }}")
+
+# As Qwen3's: an old thought is left out, and a template argument turns thinking off.
 CUT = "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+THINKING = chatml(CUT, unless_off("<think>\\n\\n</think>\\n\\n"))
+
+# As DeepSeek-R1's and Qwen3-Thinking's: the template has already opened the thought.
+OPENED = chatml(CUT, "{{ '<think>\n' }}" + unless_off("<think>\\n\\n</think>\\n\\n"))
+
+# As gpt-oss's: channels, which must not stand in a content; a thought is shown only in training.
+HARMONY = (
+    "{{ '<|start|>system<|message|>You are a test.<|end|>' }}{% for m in messages %}"
+    "{% if '<|channel|>' in m.content %}{{ raise_exception('content holds a channel mark') }}{% endif %}"
+    "{% if m.thinking and loop.last and not add_generation_prompt %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>' + m.role + ('<|channel|>final' if m.role == 'assistant' else '') }}"
+    "{{ '<|message|>' + m.content + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of model: its template, how it writes a thought and an answer, and its architecture."""
+
+    template: str
+    reply: str = "{answer}"
+    # The place where the template takes a thought back, the flags that ask for it, and what they tell the template.
+    place: str = ""
+    flags: tuple[str, ...] = ()
+    variables: dict = dataclasses.field(default_factory=dict)
+    end: str = "<|im_end|>"
+    model_type: str = "llama"
+    config: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def closing(self) -> str:
+        """What stands between a thought and an answer."""
+        return self.reply.partition("{thought}")[2].partition("{answer}")[0]
+
+
+HYBRID = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    **{"linear_conv_kernel_dim": 4, "num_experts": 0, "num_experts_per_tok": 0, "decoder_sparse_step": 1},
+    **{"shared_expert_intermediate_size": 128, "mlp_only_layers": [], "moe_intermediate_size": 128},
+    **{"partial_rotary_factor": 0.5, "full_attention_interval": 2},
+}
+YARN = {
+    **{"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+    **{"beta_fast": 32.0, "beta_slow": 1.0},
+}
+SLIDING = {
+    **{"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 32, "rope_scaling": YARN},
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+CHANNELS = "<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{answer}"
+LATER = "{thought}\n</think>\n\n{answer}"
+THOUGHT_THEN_ANSWER = "<think>\n" + LATER
+FAMILIES = {
+    "dense": Family(CHATML),
+    "thinking": Family(THINKING, THOUGHT_THEN_ANSWER, model_type="qwen3"),
+    "opened": Family(OPENED, LATER, model_type="qwen3"),
+    "sliding": Family(HARMONY, CHANNELS, end="<|return|>", model_type="gpt_oss", config=SLIDING),
+    "hybrid": Family(THINKING, THOUGHT_THEN_ANSWER, model_type="qwen3_next", config=HYBRID),
+}
+
+# The ways in which real templates take a thought back, and how their models write it.
+SEEDED = chatml("{{ '<seed:think>' + m.reasoning_content + '</seed:think>' if m.reasoning_content }}{{ m.content }}")
+OF_THE_LAST = "{{ '<think>\n' + m.thinking + '\n</think>\n\n' if m.thinking and loop.index0 > ns.last }}{{ m.content }}"
+BUT_THE_FIRST = "{{ '<think>' + (m.get('reasoning_content', '') if loop.index0 > 1 else '') + '</think>' + m.content }}"
+OWN_MESSAGE = (
+    "{{ '<|think|>' + m.reasoning + '<|end|><|im_start|>assistant\n' if m.reasoning }}{{ '<|content|>' + m.content }}"
+)
+BLOCKS = (
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}"
+    "{{ '[THINK]' + b.thinking + '[/THINK]' if b.type == 'thinking' else b.text }}{% endfor %}{% endif %}"
+)
+INNER_BLOCKS = (
+    "{% for b in m.content.blocks %}"
+    "{{ '<|inner_prefix|>' + b.text + '<|inner_suffix|>' if b.type == 'thoughts' else b.text }}{% endfor %}"
+)
+KEPT_THOUGHT = chatml("{{ m.content }}", unless_off("<think>\\n\\n</think>\\n"))
+CLOSED_ONLY = chatml("{{ m.content }}", before="{{ 'Reason, then write [BEGIN FINAL RESPONSE] and answer.' }}")
+AROUND = "{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' }}"
+COHERE = "<|START_THINKING|>{thought}<|END_THINKING|><|START_RESPONSE|>{answer}<|END_RESPONSE|>"
+TOLD = chatml("{{ m.content.split('</think>')[-1] }}", "{{ '<think>' if thinking else '</think>' }}")
+TOLD_HOW_MUCH = chatml(CUT, before="{{ 'Effort: ' + (reasoning_effort or 'medium') }}")
+REFUSING = chatml(CUT, before="{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}")
+GEMMA = chatml(CUT.replace("</think>", "<channel|>"), unless_off("<|channel>thought\\n<channel|>"))
+OWN = "<|think|>{thought}<|end|><|im_start|>assistant\n<|content|>{answer}"
 WAYS = {
-    "field, kept": Family(
-        "llama",
-        chatml(
-            "{% if m.reasoning_content %}{{ '<seed:think>' + m.reasoning_content + '</seed:think>' }}{% endif %}"
-            "{{ m.content }}"
-        ),
-        SEED,
-        place="reasoning_content",
-    ),
-    "field, of the last reply": Family(
-        "llama",
-        chatml(
-            "{% if m.thinking and loop.index0 > ns.last %}{{ '<think>\n' + m.thinking + '\n</think>\n\n' }}{% endif %}"
-            "{{ m.content }}"
-        ),
-        THOUGHT_THEN_ANSWER,
-        place="thinking",
-    ),
+    "field, kept": Family(SEEDED, "<seed:think>{thought}</seed:think>{answer}", "reasoning_content"),
+    "field, of the last reply": Family(chatml(OF_THE_LAST), THOUGHT_THEN_ANSWER, "thinking"),
     "field, of all but the first reply": Family(
-        "llama",
-        chatml(
-            "{{ '<think>' + (m.get('reasoning_content', '') if loop.index0 > 1 else '') + '</think>' + m.content }}"
-        ),
-        BARE,
-        place="reasoning_content",
+        chatml(BUT_THE_FIRST), "<think>{thought}</think>{answer}", "reasoning_content"
     ),
-    "message of its own": Family(
-        "llama",
-        chatml(
-            "{% if m.reasoning %}{{ '<|think|>' + m.reasoning + '<|end|><|im_start|>assistant\n' }}{% endif %}"
-            "{{ '<|content|>' + m.content }}"
-        ),
-        OWN,
-        place="reasoning",
-    ),
-    "blocks": Family(
-        "llama",
-        chatml(
-            "{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}"
-            "{{ '[THINK]' + b.thinking + '[/THINK]' if b.type == 'thinking' else b.text }}{% endfor %}{% endif %}"
-        ),
-        MISTRAL,
-        place="thinking blocks",
-    ),
+    "message of its own": Family(chatml(OWN_MESSAGE), OWN, "reasoning"),
+    "blocks": Family(chatml(BLOCKS), "[THINK]{thought}[/THINK]{answer}", "thinking blocks"),
     "blocks in the content": Family(
-        "llama",
-        chatml(
-            "{% for b in m.content.blocks %}"
-            "{{ '<|inner_prefix|>' + b.text + '<|inner_suffix|>' if b.type == 'thoughts' else b.text }}{% endfor %}"
-        ),
-        INNER,
-        place="thoughts blocks",
+        chatml(INNER_BLOCKS), "<|inner_prefix|>{thought}<|inner_suffix|>{answer}", "thoughts blocks"
     ),
-    "content, kept": Family(
-        "llama",
-        chatml("{{ m.content }}", unless_off("<think>\\n\\n</think>\\n")),
-        "<think>\n{thought}\n</think>\n{answer}",
-        place="content",
-    ),
-    "content, cut": Family("llama", THINKING, THOUGHT_THEN_ANSWER, place="content"),
-    "opened by the prompt": Family("llama", OPENED, "{thought}\n</think>\n\n{answer}"),
-    "closed by the prompt": Family(
-        "llama", THINKING, flags=("--no-think",), variables={"enable_thinking": False}, place="content"
-    ),
-    "closed only": Family(
-        "llama",
-        chatml("{{ m.content }}", before="{{ 'Reason, then write [BEGIN FINAL RESPONSE] and answer.' }}"),
-        "{thought}\n[BEGIN FINAL RESPONSE]\n{answer}",
-    ),
+    "content, kept": Family(KEPT_THOUGHT, "<think>\n{thought}\n</think>\n{answer}", "content"),
+    "content, cut": Family(THINKING, THOUGHT_THEN_ANSWER, "content"),
+    "opened by the prompt": Family(OPENED, LATER),
+    "closed by the prompt": Family(THINKING, "{answer}", "content", ("--no-think",), {"enable_thinking": False}),
+    "closed only": Family(CLOSED_ONLY, "{thought}\n[BEGIN FINAL RESPONSE]\n{answer}"),
     "channels": FAMILIES["sliding"],
-    "marks around the answer": Family(
-        "llama",
-        chatml(
-            "{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' }}",
-            unless_off("<|START_THINKING|><|END_THINKING|>"),
-        ),
-        COHERE,
-    ),
-    "told to think": Family(
-        "llama",
-        chatml("{{ m.content.split('</think>')[-1] }}", "{{ '<think>' if thinking else '</think>' }}"),
-        "{thought}</think>{answer}",
-        flags=("--think",),
-        variables={"thinking": True},
-    ),
+    "marks around the answer": Family(chatml(AROUND, unless_off("<|START_THINKING|><|END_THINKING|>")), COHERE),
+    "told to think": Family(TOLD, "{thought}</think>{answer}", "", ("--think",), {"thinking": True}),
     "told how much to think": Family(
-        "llama",
-        chatml(CUT, before="{{ 'Effort: ' + (reasoning_effort or 'medium') }}"),
-        THOUGHT_THEN_ANSWER,
-        flags=("--think", "low"),
-        variables={"reasoning_effort": "low"},
+        TOLD_HOW_MUCH, THOUGHT_THEN_ANSWER, "", ("--think", "low"), {"reasoning_effort": "low"}
     ),
-    "vocabulary alone": Family("llama", CHATML, THOUGHT_THEN_ANSWER),
-    "refuses to be probed": Family(
-        "llama",
-        chatml(CUT, before="{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"),
-        THOUGHT_THEN_ANSWER,
-    ),
-    "channel of Gemma": Family(
-        "llama",
-        chatml(CUT.replace("</think>", "<channel|>"), unless_off("<|channel>thought\\n<channel|>")),
-        "<|channel>thought\n{thought}\n<channel|>{answer}",
-    ),
+    "vocabulary alone": Family(CHATML, THOUGHT_THEN_ANSWER),
+    "refuses to be probed": Family(REFUSING, THOUGHT_THEN_ANSWER),
+    "channel of Gemma": Family(GEMMA, "<|channel>thought\n{thought}\n<channel|>{answer}"),
 }
 
 
@@ -285,18 +210,16 @@ class Turn:
 
     def messages(self, family: Family | None = None) -> list[dict]:
         """The turn as a template is to see it later; a family that has no place for a thought sees none."""
-        place, thought, answer = family.place if family else "", self.thought, self.answer
-        reply = {"content": answer}
-        if place == "content" and family.reply != "{answer}":
-            reply = {"content": family.reply.format(thought=thought, answer=answer)}
-        elif place == "thinking blocks":
-            reply = {"content": [{"type": "thinking", "thinking": thought}, {"type": "text", "text": answer}]}
-        elif place == "thoughts blocks":
-            blocks = [{"type": "thoughts", "text": thought}, {"type": "response", "text": answer}]
-            reply = {"content": {"blocks": blocks}}
-        elif place != "content" and place:
-            reply[place] = thought
-        return [{"role": "user", "content": self.prompt}, {"role": "assistant", **reply}]
+        texts = [{"type": "thinking", "thinking": self.thought}, {"type": "text", "text": self.answer}]
+        blocks = [{"type": "thoughts", "text": self.thought}, {"type": "response", "text": self.answer}]
+        place = family.place if family else ""
+        reply = {
+            "": {},
+            "content": {"content": family and self.reply(family).removesuffix(family.end)},
+            "thinking blocks": {"content": texts},
+            "thoughts blocks": {"content": {"blocks": blocks}},
+        }.get(place, {place: self.thought})
+        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.answer, **reply}]
 
     def reply(self, family: Family) -> str:
         """What a model of a family says."""
@@ -316,13 +239,10 @@ SAMPLE = turns(
     ("My name is Ada.", "Nice to meet you, Ada!"),
     ("What is my name?", "Your name is Ada."),
 )
+NOT_TOLD = turns(("What is my name?", "You have not told me your name."))[0]
 SAID_HELLO = "こんにちは 👋🏽 — schön, Sie zu sehen 🎉"
 DEMO = [
-    SAMPLE,
-    turns(("My name is Ada.", "Nice to meet you, Ada!"), ("What is my name?", "Your name is Ada.")),
-    turns(("What is my name?", "You have not told me your name.")),
-    turns(("How many people live there?", "Where do you mean?")),
-    turns(("What is the capital of France?", "The capital of France is Paris.")),
+    *(SAMPLE, SAMPLE[3:], [NOT_TOLD], SAMPLE[1:2], turns(("How many people live there?", "Where do you mean?"))),
     turns(("Count.", NUMBERS), ("Thanks!", "You are welcome.")),
     turns(("Say hello.", SAID_HELLO)),
 ]
@@ -335,7 +255,6 @@ HELLO, ADA, WHO_AM_I = turns(
     ("Hello, how are you?", SAMPLE[0].answer), ("My name is Ada.", "Hi Ada."), ("What is my name?", "It is Ada.")
 )
 WHO = Turn("Who are you?", "A pirate, arr!", "Look at the flag.")
-NOT_TOLD = turns(("What is my name?", "You have not told me your name."))[0]
 FAMILY_CONVERSATIONS = [
     *(SAMPLE, [COUNT, THANKS], [HELLO, ADA, WHO_AM_I], [NOT_TOLD]),
     [Turn("Count.", STOPPED, given=True), WHY],
@@ -580,32 +499,21 @@ def fork_each() -> None:
     """Run `llmchat.main` with each of the lists of arguments on standard input, in a fork of this process.
 
     The libraries are imported once, before; MLX computes nothing until then, since its threads don't
-    outlive a fork. Prints a list of output and statuses (negative: a signal, -9 also after 20 s).
+    outlive a fork. Prints a list of output and statuses (negative: a signal, that of `alarm` after 60 s).
     """
     # Not mlx_lm itself, which opens a stream when it is imported: with an older MLX that is a thread.
     for library in ("transformers.models.auto.tokenization_auto", "huggingface_hub.hf_api", "mlx.nn"):
         importlib.import_module(library)
-    cases, results = json.load(sys.stdin), []
-    for arguments in cases:
+    results = []
+    for arguments in json.load(sys.stdin):
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            pid = os.fork()
-            if pid == 0:
-                for fd, target in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
-                    os.dup2(target, fd)
-                status = 99
-                try:
-                    status = llmchat.main(arguments)
-                except BaseException:
-                    traceback.print_exc()
-                sys.stdout.flush()
-                os._exit(status)
-            deadline = time.monotonic() + 20
-            while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                if time.monotonic() > deadline:
-                    os.kill(pid, signal.SIGKILL)
-                time.sleep(0.005)
-            texts = [os.pread(file.fileno(), 1 << 20, 0).decode() for file in (stdout, stderr)]
-            results.append([*texts, os.waitstatus_to_exitcode(ended[1])])
+            if (pid := os.fork()) == 0:
+                signal.alarm(60)
+                for fd, file in enumerate((open(os.devnull), stdout, stderr)):
+                    os.dup2(file.fileno(), fd)
+                raise SystemExit(llmchat.main(arguments))
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            results.append([*(os.pread(file.fileno(), 1 << 20, 0).decode() for file in (stdout, stderr)), status])
     print(json.dumps(results))
 
 
@@ -804,41 +712,26 @@ def sharded(demo, common):
     return str(once(common / "sharded", lambda folder: changed(folder, demo, split_in_two, one)))
 
 
-class Hub:
+class Hub(http.server.ThreadingHTTPServer):
     """A hub on 127.0.0.1 as far as the client needs one, which notes requests and fails when it is told to."""
 
     COMMIT = "c0ffee" + "0" * 34
 
     def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Request)
         # Of each repository: its files by name, or the size of one that is only claimed to be there.
         self.repositories: dict[str, dict[str, bytes | int]] = {}
         # By repository, or by repository and file: a status and error code to answer, or "cut" or "stall".
         self.faults: dict[str, tuple[int, str] | str] = {}
         self.requests: list[str] = []
-        self.stalled = threading.Event()
-        self._resume = threading.Event()
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self) -> None:
-                hub.answer(self)
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        self.stalled, self.resume = threading.Event(), threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
-        self._resume.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.resume.set()
+        self.shutdown()
+        self.server_close()
 
     def put(self, name: str, folder: str | Path, config: dict | None = None, **files: bytes | int | None) -> None:
         """Publish a model folder with changes: `a__b` is a file a.b, None takes it away, a number claims a size."""
@@ -853,63 +746,71 @@ class Hub:
         self.requests.clear()
         return names
 
-    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        path = handler.path.partition("?")[0]
-        self.requests.append(f"{handler.command} {path}")
-        about = re.fullmatch("/api/models/(.+?)(?:/revision/(.+))?()", path)
-        name, revision, file = (about or re.fullmatch("/(.+)/resolve/([^/]+)/(.+)", path)).groups()
-        fault = self.faults.get(f"{name}/{file}" if file else name)
-        if fault == "stall":
-            self.stalled.set()
-            self._resume.wait(60)
-            handler.close_connection = True
-        elif isinstance(fault, tuple):
-            self._send(handler, *fault)
-        elif fault == "log in":
-            self._send(handler, 200, body=b"<html>Welcome to the hotel</html>")
-        elif name not in self.repositories:
-            self._send(handler, 404, "RepoNotFound")
-        elif revision not in (None, "main", "dev", self.COMMIT):
-            self._send(handler, 404, "RevisionNotFound")
-        elif not file:
-            self._send(handler, 200, body=json.dumps(self._about(name)).encode())
-        elif file not in self.repositories[name]:
-            self._send(handler, 404, "EntryNotFound")
-        else:
-            self._send(handler, 200, body=self.repositories[name][file], cut=fault == "cut")
-
-    def _about(self, name: str) -> dict[str, object]:
+    def about(self, name: str) -> bytes:
         files = self.repositories[name].items()
         sizes = {file: body if isinstance(body, int) else len(body) for file, body in files}
         siblings = [{"rfilename": file, "size": size, "blobId": file} for file, size in sizes.items()]
-        return {"id": name, "modelId": name, "sha": self.COMMIT, "siblings": siblings, "tags": [], "private": False}
+        about = {"id": name, "modelId": name, "sha": self.COMMIT, "siblings": siblings, "tags": [], "private": False}
+        return json.dumps(about).encode()
 
-    def _send(self, handler, status: int, code: str = "", body: bytes = b"", cut: bool = False) -> None:
-        start = int(re.sub(r"\D", "", handler.headers.get("Range", "")) or 0)
-        headers = {"X-Repo-Commit": self.COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        if code:
-            headers["X-Error-Code"] = code
-        handler.send_response(206 if start else status)
-        for header in {**headers, "Accept-Ranges": "bytes", "Content-Length": str(len(body) - start)}.items():
-            handler.send_header(*header)
-        handler.end_headers()
-        if handler.command == "GET":
+
+class Request(http.server.BaseHTTPRequestHandler):
+    """What is asked of a hub, and its answer."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.requests.append(f"{self.command} {path}")
+        about = re.fullmatch("/api/models/(.+?)(?:/revision/(.+))?()", path)
+        name, revision, file = (about or re.fullmatch("/(.+)/resolve/([^/]+)/(.+)", path)).groups()
+        fault, files = hub.faults.get(f"{name}/{file}" if file else name), hub.repositories.get(name)
+        if fault == "stall":
+            hub.stalled.set()
+            hub.resume.wait(60)
+            self.close_connection = True
+        elif isinstance(fault, tuple):
+            self._send(*fault)
+        elif fault == "log in":
+            self._send(200, body=b"<html>Welcome to the hotel</html>")
+        elif files is None:
+            self._send(404, "RepoNotFound")
+        elif revision not in (None, "main", "dev", hub.COMMIT):
+            self._send(404, "RevisionNotFound")
+        elif file and file not in files:
+            self._send(404, "EntryNotFound")
+        else:
+            self._send(200, body=files[file] if file else hub.about(name), cut=fault == "cut")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _send(self, status: int, code: str = "", body: bytes = b"", cut: bool = False) -> None:
+        start = int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0)
+        self.send_response(206 if start else status)
+        headers = {"X-Repo-Commit": Hub.COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Error-Code": code}
+        headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}" if start else ""
+        for name, value in {**headers, "Accept-Ranges": "bytes", "Content-Length": str(len(body) - start)}.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
             # A cut connection comes with half of the file, then with nothing.
-            handler.wfile.write(body[start : (len(body) // 2 if cut else None)])
-            handler.close_connection = handler.close_connection or cut
+            self.wfile.write(body[start : (len(body) // 2 if cut else None)])
+            self.close_connection = self.close_connection or cut
 
 
 @pytest.fixture
 def hub(environment):
     """A hub, and the machine has a network, with nothing else in it."""
-    hub = Hub()
     del environment["HF_HUB_OFFLINE"]
-    environment.update(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1")
-    environment.update(HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
-    yield hub
-    hub.close()
+    environment.update(HF_HUB_DISABLE_XET="1", HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    with contextlib.closing(Hub()) as hub:
+        environment["HF_ENDPOINT"] = hub.url
+        yield hub
 
 
 # ------------------------------------------------------------------------------------------- Pure
