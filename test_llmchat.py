@@ -44,7 +44,7 @@ from typing import NamedTuple
 import pytest
 
 import llmchat
-from llmchat import ChatError, Conversation, Piece, PromptCache, Settings, ThoughtSplitter
+from llmchat import ChatError, Conversation, Piece, Settings, ThoughtSplitter
 
 # A test run that was started in the background ignores SIGINT, and so would every program it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -638,9 +638,6 @@ def put_in_hub_cache(home: Path, name: str, folder: str) -> Path:
     return Path(shutil.copytree(folder, repository / "snapshots/abc"))
 
 
-# Changes of a model folder.
-
-
 def changed(folder: Path, model: str, *changes) -> str:
     """A copy of a model with something different in it."""
     shutil.copytree(model, folder)
@@ -912,15 +909,6 @@ def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split(kind) -> None:
     assert llmchat.cleaned("\tschön 👋🏽\n שלום\u200f") == "\tschön 👋🏽\n שלום\u200f"
 
 
-def test_prompts_come_back_from_the_history_file_whole(tmp_path) -> None:
-    path = tmp_path / "history"
-    prompts = ["one", "two\nlines", r"back\slash \n", "日本 👋🏽"]
-    history = llmchat.PromptHistory(path)
-    assert [history.add(prompt) for prompt in prompts for _ in range(2)] == [True, False] * 4
-    assert llmchat.PromptHistory(path).load() == prompts
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
 def test_the_history_is_bounded_and_rewritten_only_when_it_has_doubled(tmp_path) -> None:
     path, link, bound = tmp_path / "history", tmp_path / "link", llmchat.PromptHistory.ENTRIES
     link.symlink_to(path)
@@ -1057,10 +1045,7 @@ def talk(model):
 
 
 def least_tokens(tokenizer, family: Family, turns: list[Turn]) -> list[int]:
-    """For each turn, the tokens of its prompt that stand in no prompt or reply before it.
-
-    Made from the template and the words alone. Where the template drops a thought, the answer after it counts.
-    """
+    """For each turn, the tokens of its prompt that stand in no prompt or reply before it, by the template alone."""
     least, known, messages = [], [], []
     for turn in turns:
         prompt = encoded(tokenizer, [*messages, turn.messages()[0]])
@@ -1162,25 +1147,6 @@ def test_a_failing_engine_leaves_no_trace(tokens, talk) -> None:
     talk.expect(*SAMPLE[2:])
 
 
-def test_the_engine_holds_exactly_the_tokens_that_are_said_to_be_held(talk) -> None:
-    import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = PromptCache(talk.net)
-    for text, count in (("Hello", 40), ("Count.", 9), ("Count.", 3)):
-        prompt = talk.encoded([{"role": "user", "content": text}])
-        cache.rewind(prompt)
-        list(cache.prefill(prompt, len(prompt) - 5))
-        responses = cache.stream(talk.model.tokenizer, prompt)
-        assert len([*itertools.islice(responses, count)]) <= count
-        responses.close()
-    held, probe = mx.array([cache.tokens]), mx.array([[cache.tokens[0]]])
-    fresh, kept = make_prompt_cache(talk.net), talk.net.cache
-    talk.net(held, cache=fresh)
-    one, other = (talk.net(probe, cache=layers)[0, -1] for layers in (kept, fresh))
-    assert mx.abs(one - other).max().item() < 0.01 * mx.abs(other).max().item()
-
-
 def test_a_reply_with_a_repetition_penalty_does_not_depend_on_the_cache(model) -> None:
     first, second = (Talk(model, repetition_penalty=10.0, temperature=0.0, max_tokens=40) for _ in range(2))
     said = hear(first.reply("Hm?"))
@@ -1234,7 +1200,6 @@ def test_the_oldest_turns_are_left_out_when_the_context_is_full(talk) -> None:
         assert talk.statistics.prompt_tokens + 32 <= 160
     assert notices[0] == Like("* the model's 160 tokens: left out from here on.")
     assert len(notices) < 8
-    assert len(talk.messages) == 20
     with pytest.raises(ChatError, match="too long"):
         list(talk.reply("word " * 200))
     assert len(talk.messages) == 20
@@ -1264,10 +1229,8 @@ def test_a_failing_turn_does_not_end_the_chat(talk) -> None:
     stdout, stderr = io.StringIO(), io.StringIO()
     screen = llmchat.Screen(stdout, stderr, False)
     llmchat.Chat(talk, screen, llmchat.LineEditor(prompts, screen), talk.settings).run()
-    assert stderr.getvalue() == Like(
-        "The engine failed, so what it was saying is not kept: [metal::malloc]*\nThere is no command /nope;*\n"
-        "top-k = 2000\n"
-    )
+    failed = "The engine failed, so what it was saying is not kept: [metal::malloc]"
+    assert stderr.getvalue() == Like(f"{failed}*\nThere is no command /nope;*\ntop-k = 2000\n")
     assert stdout.getvalue().endswith("prompt -> What is my name?\nIt is Ada.\n\nprompt -> \nGoodbye!\n")
 
 
@@ -1364,12 +1327,10 @@ def test_a_killed_chat_loses_no_message_that_was_saved(tmp_path) -> None:
 
 def test_a_session_that_can_not_be_used_is_one_sentence(demo, chat, terminal, home) -> None:
     for name in ("/", "no/such/folder/file"):
-        done = chat("some/model", "--session", name)
-        assert done.complaint == Like(f"{name} can't be used as a session: *.")
+        assert chat("some/model", "--session", name).complaint == Like(f"{name} can't be used as a session: *.")
     terminal(demo, "--session", "talk")
     done = chat(demo, "--session", "talk", "-p", "Say hello.")
-    assert done.out == ""
-    assert done.complaint == Like("talk is in use by another chat*.")
+    assert (done.out, done.complaint) == ("", Like("talk is in use by another chat*."))
 
 
 def test_a_session_that_can_not_be_written_complains_once_and_the_chat_goes_on(demo, terminal, home) -> None:
@@ -1403,7 +1364,7 @@ def test_a_chat_goes_on_where_it_was_left(demo, chat, home) -> None:
 def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
     prompts = "/save no/folder/x\n/help me\n/system\tBe \ud800 brief.\n/quiet\nSay hello.\n/continue\n/exit\nno\n"
     done = chat(demo, "--session", "session", "--max-tokens", "1", stdin=prompts)
-    assert [line.replace("llmchat: error: ", "") for line in done.err.splitlines()] == [
+    assert done.err.splitlines() == [
         Like("no/folder/x could not be written: No such file or directory*"),
         Like("/help takes no text*"),
         Like("system = Be * brief."),
@@ -1424,8 +1385,7 @@ def test_one_shots_with_nothing_to_say_or_no_place_to_be(demo, chat, home) -> No
     done = chat(demo, "--session", str(session), "-p", "Say hello.")
     lost = f"The last prompt of {session} got no reply, and is left out: Lost?\n"
     assert done == (SAID_HELLO + "\n", lost, 0)
-    done = chat(demo, "--session", str(session), "-p", "word " * 5000)
-    assert "too long" in done.complaint
+    assert "too long" in chat(demo, "--session", str(session), "-p", "word " * 5000).complaint
     assert len(reread(session)) == 2
     gone = f"mkdir gone && cd gone && rmdir ../gone && '{PROGRAM[0]}' '{PROGRAM[1]}' '{demo}' -p 'Say hello.'"
     done = chat("-c", gone, program=["sh"])
@@ -1636,11 +1596,8 @@ def test_a_long_document_arrives_whole_through_a_pipe(chat) -> None:
 
 def test_no_model_named_shows_how_and_what_is_there(demo, chat, home) -> None:
     done = chat()
-    assert done.code == 2
-    assert done.err == (
-        "llmchat: error: no model is named.\nusage: llmchat MODEL [options]\n"
-        "example: llmchat mlx-community/Llama-3.2-3B-Instruct-4bit\n"
-    )
+    usage = "no model is named.\nusage: llmchat MODEL [options]\nexample: llmchat mlx-community/Llama-3.2-3B-*\n"
+    assert done == ("", Like(f"llmchat: error: {usage}"), 2)
     put_in_hub_cache(home, "own/model", demo)
     for count, file in enumerate((WEIGHTS, "config.json", "tokenizer_config.json")):
         lose(file)(put_in_hub_cache(home, f"own/half{count}", demo))
@@ -1648,9 +1605,7 @@ def test_no_model_named_shows_how_and_what_is_there(demo, chat, home) -> None:
 
 
 def test_a_downloaded_model_starts_by_its_name_without_the_network(demo, chat, home) -> None:
-    put("v2", "abc")(put_in_hub_cache(home, "own/model", demo).parent.parent / "refs")
-    for revision in ("v2", "abc"):
-        assert chat("own/model", "--revision", revision, "-p", "Say hello.").out == SAID_HELLO + "\n"
+    put_in_hub_cache(home, "own/model", demo)
     other = chat("own/model", "--revision", "v3", "-p", "Say hello.")
     assert other.complaint == Like("own/model is not in the cache, and HF_HUB_OFFLINE *")
     (home / ".llmchat_config").write_text("model = own/model\n")
@@ -1792,17 +1747,14 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves(demo, terminal) ->
 def test_a_signal_leaves_the_terminal_as_it_was_found(phase, number, demo, terminal, home) -> None:
     history = home / ".llmchat_history"
     screen = terminal(demo, prompt="Loading model" if phase == "loading" else "prompt -> ")
+    keys = {"prompt": ("typed", "typed"), "prefill": ("x, " * 400 + "\r", ""), "decode": ("Count.\r", "10,")}
     if phase != "loading":
         # The line editor has its own idea of the terminal now.
         wait_until(lambda: termios.tcgetattr(screen.fd) != screen.modes)
-    if phase == "prompt":
-        screen.send("typed", "typed")
-    elif phase == "prefill":
-        screen.send("x, " * 400 + "\r")
+        screen.send(*keys[phase])
+    if phase == "prefill":
         # Sent is sent: the prompt is in the history before its reply begins.
         wait_until(history.exists)
-    elif phase == "decode":
-        screen.send("Count.\r", "10,")
     # Python hears of a signal that comes just before readline waits with the next key only.
     screen.send("")
     os.kill(screen.pid, number)
@@ -1869,7 +1821,10 @@ def test_a_pasted_block_is_one_prompt_and_comes_back_whole(pasting, demo, termin
         assert screen.leave(CTRL_D) == 0
         # The terminal marks pastes only as long as the chat.
         assert re.findall(r"\x1b\[\?2004[hl]", screen.output)[-1].endswith("l")
-    assert (home / ".llmchat_history").read_text().startswith("def f():\\n\treturn 1\\n\\n  What is it?\n")
+    # A prompt that is sent again is not written down again.
+    line, history = "def f():\\n\treturn 1\\n\\n  What is it?\n", home / ".llmchat_history"
+    assert history.read_text() == f"{line}/help\\nme\n{line}"
+    assert history.stat().st_mode & 0o777 == 0o600
 
 
 def test_what_is_typed_ahead_stays_unseen_separate_and_whole(pasting, demo, terminal, home) -> None:
@@ -1922,11 +1877,14 @@ def test_earlier_prompts_are_recalled_searched_and_completed(demo, terminal, hom
         *(("Say hello.\r", "Say hello."), ("Count.\r", "Count."), ("\x12hell\r", "Say hello.")),
         *(("a\udcffb\r", "a\ufffdb"), ("a\tb\r", "a\tb"), ("/se\ttemp\t0\r", "/set temperature 0")),
         *(("/save my no\t\r", "/save my notes.jsonl"), (UP * 2 + "\r", "/set temperature 0")),
+        ("日本 back\\slash \\n👋🏽\r", "日本 back\\slash \\n👋🏽"),
     ):
         assert sent(screen, home, keys) == prompt
     assert screen.leave(CTRL_D) == 0
     # Prompts of earlier days come back.
-    assert sent(terminal(demo, "--max-tokens", "1"), home, UP * 4 + "\r") == "a\tb"
+    screen = terminal(demo, "--max-tokens", "1")
+    assert sent(screen, home, UP * 5 + "\r") == "a\tb"
+    assert sent(screen, home, UP * 2 + "\r") == "日本 back\\slash \\n👋🏽"
 
 
 COLOURS = [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
@@ -2251,6 +2209,8 @@ REFUSALS = {
     "no/such/model": (None, NO_FOLDER),
     "own/na--me": (None, "'{name}' can't be the name of a repository: a name looks like mlx-community/Llama-3.2-3B-*"),
     "x" * 300 + "\x1b": (None, f"'{'x' * 299}…' is no model folder*"),
+    "own/model --revision no": (None, "{name} has no revision no: {hub}/own/model/tree/main *"),
+    "own/model --revision " + "x" * 300: (None, f"{{name}} has no revision {'x' * 300}: {{hub}}/own/model/tree/main *"),
 }
 
 
@@ -2259,22 +2219,17 @@ def test_what_the_hub_refuses_is_one_sentence(demo, hub, chats) -> None:
     hub.put("own/gated-files", demo)
     hub.faults = {name: fault for name, (fault, _) in REFUSALS.items() if fault}
     hub.faults["own/gated-files/config.json"] = (401, "GatedRepo")
-    revisions = ["no", "x" * 300]
-    results = chats(*([name] for name in REFUSALS), *(["own/model", "--revision", name] for name in revisions))
-    for (name, (_, sentence)), result in zip(REFUSALS.items(), results):
+    cases = [name.split(" ") for name in REFUSALS]
+    for (name, *_), (_, sentence), result in zip(cases, REFUSALS.values(), chats(*cases)):
         assert result.complaint == Like(sentence.format(name=name, hub=hub.url, kept=KEPT))
         assert result.out == f"Loading model {llmchat.cleaned(name)}...\n"
-    for name, result in zip(revisions, results[-2:]):
-        assert result.complaint == Like(f"own/model has no revision {name}: {hub.url}/own/model/tree/main *")
     assert hub.fetched() == []
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "why"), [("http://127.0.0.1:9", "Connection refused"), ("http://nowhere.invalid", "*ame*")]
-)
-def test_without_a_network_a_download_is_one_sentence(endpoint, why, hub, chat) -> None:
-    done = chat("own/model", HF_ENDPOINT=endpoint)
-    assert done.complaint == Like(f"own/model could not be fetched from {endpoint}: {why}. Check the network. {KEPT}")
+def test_without_a_network_a_download_is_one_sentence(hub, chat) -> None:
+    for endpoint, why in (("http://127.0.0.1:9", "Connection refused"), ("http://nowhere.invalid", "*ame*")):
+        sentence = f"own/model could not be fetched from {endpoint}: {why}. Check the network. {KEPT}"
+        assert chat("own/model", HF_ENDPOINT=endpoint).complaint == Like(sentence)
 
 
 def test_what_can_be_known_is_said_before_the_weights_come(demo, hub, chats) -> None:
@@ -2302,17 +2257,14 @@ def test_what_can_be_known_is_said_before_the_weights_come(demo, hub, chats) -> 
     *results, forced = chats(*([name] for name in sentences), ["own/large", "--force"])
     for (name, sentence), result in zip(sentences.items(), results):
         assert result.complaint == Like(f"{name} {sentence}")
-    assert forced.complaint == Like(
-        "own/large does not fit on the disk: 1048576.0 GiB are still to be downloaded, where */hub has * GiB"
-        " free. Make room for it, or set HF_HOME to a folder on another disk."
-    )
+    disk = "1048576.0 GiB are still to be downloaded, where */hub has * GiB free. Make room for it, or set HF_HOME *"
+    assert forced.complaint == Like(f"own/large does not fit on the disk: {disk}")
     assert hub.fetched() == []
 
 
 def test_a_model_is_downloaded_once_and_then_needs_no_hub(demo, hub, chats, home) -> None:
     hub.put("own/model", demo)
-    say_hello = ["own/model", "-p", "Say hello."]
-    said = (SAID_HELLO + "\n", "", 0)
+    say_hello, said = ["own/model", "-p", "Say hello."], (SAID_HELLO + "\n", "", 0)
     assert chats(say_hello) == [said]
     assert hub.fetched() == ["model.safetensors"]
     by_commit = [*say_hello, "--revision", hub.COMMIT]
@@ -2369,9 +2321,7 @@ def test_a_cache_that_is_full_or_can_not_be_written_is_one_sentence(demo, hub, c
     assert chat("own/model", program=limited).complaint == Like(full + KEPT)
     (home / "a file").touch()
     done = chat("own/model", HF_HOME=str(home / "a file"))
-    assert done.complaint == Like(
-        f"{home}/a file* can't be used (Not a directory): set HF_HOME to a folder that you can write to."
-    )
+    assert done.complaint == Like(f"{home}/a file* can't be used (Not a directory): set HF_HOME to a folder that *")
 
 
 CUT, UNLOADED = "model.safetensors of {model} can't be loaded: *.{whole}", "{model} could not be loaded: *.{whole}"
@@ -2657,15 +2607,15 @@ def test_every_ending_ends_every_host(count, ending, moment, demo, start, tmp_pa
     processes = processes_of(launcher, str(model))
     assert len(processes) == count
     name, target = ending.split()
+    number = signal.Signals[name]
     if target == "all":
-        os.killpg(launcher.pid, getattr(signal, name))
+        os.killpg(launcher.pid, number)
     else:
-        os.kill(launcher.pid if target == "launcher" else processes[int(target)], getattr(signal, name))
+        os.kill(launcher.pid if target == "launcher" else processes[int(target)], number)
     # Without their launcher they end when the reply is said, which takes four on two cores half a minute.
     wait_until(lambda: not processes_of(launcher, str(model)), 300)
     if target.isdigit():
         # A host that a signal ended says so to the launcher.
-        number = getattr(signal, name)
         ended = re.findall(r"exited with code (-?\d+)", launcher.stderr.read().decode())
         assert {str(-number), str(128 + number)} & {*ended}
 
@@ -2824,16 +2774,14 @@ def bench_decode(model: llmchat.Model) -> None:
 
 
 def bench_launched(cache: Path) -> None:
-    """Decoding on two hosts, both of them here, beside mlx-lm's own chat under the same launcher.
-
-    Prompts come one by one, each some time after the last reply, as from a person; the first only warms up.
-    """
+    """Decoding on two hosts, both of them here, beside mlx-lm's own chat under the same launcher."""
     model, longest = build_talking(cache, "dense"), ["--max-tokens", str(DECODE_TOKENS)]
     rate = r" (?:s|tokens) · ([\d.]+) tok"
 
     def said_tps(program: list[str], clear: str, leave: str) -> float:
         pipes, rates = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, []
         with subprocess.Popen(launch(2, *program), **pipes, env=bench_environment(cache)) as process:
+            # One by one, each some time after the last reply, as from a person; the first only warms up.
             for _ in range(RUNS + 1):
                 say(process, f"{clear}\nCount.\n")
                 rates.append(float(re.search(rate, wait_for(process, rate))[1]))
