@@ -46,8 +46,9 @@ import pytest
 import llmchat
 from llmchat import ChatError, Conversation, Piece, Settings, ThoughtSplitter
 
-# A test run that was started in the background ignores SIGINT, and so would every program it starts.
+# A test run that was started in the background ignores these two, and so would every program it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 HERE = Path(__file__).parent
 PROGRAM = [sys.executable, str(HERE / "llmchat.py")]
@@ -2469,10 +2470,7 @@ def hosts(start, home):
 
 
 def hold_conversations(folder: str, most: int) -> None:
-    """Be one of several hosts, which all hold so many of the conversations that the model knows, and more.
-
-    If one did anything else than the others, the words would turn to noise.
-    """
+    """Hold, as one of several hosts, so many conversations that the model knows, and more; else it ends in noise."""
     model = llmchat.load_model(Settings(model=folder), llmchat.join_hosts())
     for conversation in FAMILY_CONVERSATIONS[:most]:
         known = [message for turn in conversation if turn.given for message in turn.messages()]
