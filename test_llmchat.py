@@ -1921,6 +1921,7 @@ def test_thoughts_and_answers_are_a_blank_line_apart() -> None:
         ("show", [*well, "answer:\n\n", "answer:Yes.\n", "answer:\nNo.\n"], "Well.\n\nYes.\n\nNo.\n"),
         ("show", ["thought:\n\n", "answer:\n\nYes."], "Yes.\n"),
         ("show", ["answer:Yes.", "thought:Well"], "Yes.\n\nWell\n"),
+        ("show", [*well, "notice:Enough.", "answer:Yes."], "Well.\nEnough.\nYes.\n"),
         ("hide", [*well, "answer:\nYes."], f"{hidden}\n\nYes.\n"),
         # Ctrl+C in a thought, and a thought after an answer.
         ("hide", well, f"{hidden}\n"),
