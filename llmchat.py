@@ -1049,8 +1049,9 @@ class PromptCache:
                 with self._dropped_on_error(), mx.stream(generation_stream):
                     self._net(mx.array(prompt[held:end])[None], cache=self._layers)
                     mx.eval([layer.state for layer in self._layers])
+                    # A second Ctrl+C may come at any point: it must not stand between the state and its tokens.
+                    self.tokens = prompt[:end]
                 mx.clear_cache()
-                self.tokens = prompt[:end]
                 if end == due and not self.can_trim:
                     self._take_snapshot()
                 yield end
