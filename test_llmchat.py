@@ -1804,9 +1804,30 @@ def sent(screen: Terminal, home: Path, keys: str) -> str:
     return re.sub(r"\\(.)", lambda escaped: "\n" if escaped[1] == "n" else escaped[1], last)
 
 
-@pytest.fixture(params=["marked pastes", "bursts"])
-def pasting(request):
+# A folder with a `readline` on libedit, as Python on macOS has it: CPython's Modules/readline.c, compiled with
+# -DWITH_EDITLINE -DPy_BUILD_CORE_MODULE and linked with -ledit.
+LIBEDIT = os.environ.get("LLMCHAT_LIBEDIT")
+needs_libedit = pytest.mark.skipif(not LIBEDIT, reason="LLMCHAT_LIBEDIT names no folder with a readline on libedit")
+
+
+@pytest.fixture(params=["marked pastes", "bursts", pytest.param("libedit", marks=needs_libedit)])
+def pasting(request, environment):
+    if request.param == "libedit":
+        environment["PYTHONPATH"] += f":{LIBEDIT}"
     return MARKED if request.param == "marked pastes" else str
+
+
+@needs_libedit
+def test_libedit_takes_any_character_search_and_esc(demo, terminal, environment, home) -> None:
+    screen = terminal(demo, LC_ALL="C", PYTHONPATH=f"{environment['PYTHONPATH']}:{LIBEDIT}")
+    assert screen.ask("ça 🎉")
+    # A search ends with Enter, and nothing waits for a further key.
+    assert sent(screen, home, "\x12ça\r") == "ça 🎉"
+    screen.send("Count.\r", "3,")
+    # Several lines are shown as one mark, and sent as they are.
+    screen.send(MARKED("a\nb") + "\x1b", "Stopped; /continue goes on.\n*prompt -> [1: a b 3 characters]")
+    assert sent(screen, home, "c\r") == "a\nbc"
+    assert screen.leave(CTRL_D) == 0
 
 
 def test_a_pasted_block_is_one_prompt_and_comes_back_whole(pasting, demo, terminal, home) -> None:
@@ -2007,7 +2028,7 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
     editor.chmod(0o755)
     screen = terminal(demo, VISUAL=str(editor))
     screen.ask("Say hello.")
-    screen.send("/copy\r", f"{len(SAID_HELLO)} characters are copied.\n*prompt -> ")
+    screen.send("/copy\r", f"{len(SAID_HELLO)} characters went to the terminal, to be copied.\n*prompt -> ")
     assert base64.b64encode(SAID_HELLO.encode()).decode() in screen.output
     screen.send("/copy code 1\r", "takes a number from 1 to 0*prompt -> ")
     screen.send("/edit\r", "prompt -> My name is\nAda.")
