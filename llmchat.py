@@ -229,6 +229,7 @@ class Settings:
     session: str | None = option(None, str, "FILE", "go on with the conversation in FILE, and keep it there", FLAG)
     resume: bool = option(False, switch, None, "go on with the last conversation, of MODEL if it is named", FLAG, "-c")
     keep: bool = option(True, switch, None, "keep every conversation in ~/.llmchat", FILE)
+    keep_state: bool = option(False, switch, None, "keep what the engine has read beside the conversation", FILE)
     adapter: str | None = option(None, str, "FOLDER", "a LoRA adapter to load on top of the model", FILE)
     revision: str | None = option(None, str, "NAME", "the branch, tag or commit of the repository", FILE)
     trust_remote_code: bool = option(False, switch, None, "run code that the model repository brings along", FLAG)
@@ -600,6 +601,8 @@ class Model:
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     # The author's `generation_config.json`, if it was asked for.
     recommended: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # All that a state which was computed with this model depends on.
+    fingerprint: str = ""
 
     @property
     def _function(self) -> Any:
@@ -736,8 +739,18 @@ class Loader:
         if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
             advice = f"name its instruct-tuned sibling, or try {EXAMPLE_MODEL}."
             raise ChatError(f"{self._name} has no chat template, so it can't hold a conversation: {advice}")
-        context_length = first_size(config, CONTEXT_KEYS)
-        return Model(self._name, net, tokenizer, context_length, self._hosts, self._recommended())
+        context_length, recommended = first_size(config, CONTEXT_KEYS), self._recommended()
+        return Model(self._name, net, tokenizer, context_length, self._hosts, recommended, self._fingerprint())
+
+    def _fingerprint(self) -> str:
+        """Return the names, sizes and times of all files that shape the network, and mlx-lm's version."""
+        import mlx_lm.utils
+
+        # Of a model in the hub cache the path names the commit.
+        files = [file for pattern in (WEIGHTS, "*.json", "*.py") for file in self._folder.glob(pattern)]
+        files += [*Path(self._settings.adapter).glob("adapter*")] if self._settings.adapter else []
+        stats = [(str(file.absolute()), file.stat()) for file in sorted(files) if file.exists()]
+        return repr([mlx_lm.__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
 
     def _recommended(self) -> dict[str, Any]:
         file = self._folder / "generation_config.json"
@@ -1055,6 +1068,77 @@ class PromptCache:
                 if end == due and not self.can_trim:
                     self._take_snapshot()
                 yield end
+
+    def _values(self) -> list[tuple[str, Any]]:
+        from mlx.utils import tree_flatten
+
+        # Older caches tell apart from their arrays how they stand in them.
+        values: Any = tree_flatten([[layer.state, getattr(layer, "meta_state", "")] for layer in self._layers])
+        return list(values)
+
+    def _digest(self) -> str:
+        """Return a checksum of the tokens, and of the state to its last bit: one that has turned would change words."""
+        import zlib
+
+        import mlx.core as mx
+
+        parts: list[Any] = [self.tokens]
+        for name, value in self._values():
+            # A gigabyte or more in a second, which is less than it takes to compute the state of a thousand tokens.
+            data: Any = mx.contiguous(value).reshape(-1).view(mx.uint8) if isinstance(value, mx.array) else b""
+            shape = getattr(value, "shape", value), getattr(value, "dtype", None)
+            parts.append((name, *shape, zlib.crc32(memoryview(data))))
+        return str(zlib.crc32(repr(parts).encode()))
+
+    def save(self, file: Path, model: str) -> None:
+        """Write the state and its tokens to a file of mode 0600, for a model of this fingerprint.
+
+        Raises whatever goes wrong, with the file as it was, also if little room would be left on the disk.
+        """
+        import shutil
+
+        from mlx_lm.models.cache import save_prompt_cache
+
+        # Always the same name: what a process leaves that is killed meanwhile goes with the next.
+        part = file.with_name(f"{file.name}.part.safetensors")
+        part.unlink(missing_ok=True)
+        if not self.tokens:
+            return
+        if shutil.disk_usage(part.parent).free < 2 * sum(getattr(value, "nbytes", 0) for _, value in self._values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            about = {"model": model, "tokens": json.dumps(self.tokens), "digest": self._digest()}
+            save_prompt_cache(str(part), self._layers, about)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def load(self, file: Path, model: str, prompt: Sequence[int]) -> None:
+        """Take a saved state, in place of none, if it is whole, of the same model, and of use for `prompt`."""
+        from mlx_lm.models import cache
+
+        engine: Any = cache
+        try:
+            # MLX reads the arrays only when they are used.
+            layers, about = engine.load_prompt_cache(str(file), return_metadata=True)
+            tokens = json.loads(about["tokens"])
+            shared = common_prefix(tokens, prompt[:-1])
+            # To read the state of tokens takes a small part of the time that it takes to compute it, but not none.
+            if about["model"] != model or shared < len(tokens) / (8 if self.can_trim else 1):
+                return
+            for layer, loaded in zip(self._layers, layers):
+                vars(layer).update(vars(loaded))
+            self.tokens = tokens
+            if [*map(type, layers)] != [*map(type, self._layers)] or self._digest() != about["digest"]:
+                self.clear()
+            elif not self.can_trim:
+                self._take_snapshot()
+        except BaseException as error:
+            # Whatever is wrong with the file, or with what this mlx-lm makes of it, all can be computed anew.
+            self.clear()
+            if not isinstance(error, Exception):
+                raise
 
     def stream(self, tokenizer: Any, prompt: list[int], **options: Any) -> Generator[Any, None, None]:
         """Yield mlx-lm's responses to `prompt` after its prefill, one a token, without end but the model's own.
@@ -1455,6 +1539,8 @@ class Conversation:
         # Messages before this one are not sent: they no longer fit.
         self._first = 0
         self.messages = list(map(self._format.parted, messages))
+        # A file in which `keep_state` may have kept the engine's state; the first reply looks at it, once.
+        self.state: Path | None = None
         # The messages before the last `clear`.
         self._cleared: list[Message] = []
         # Replies as the model said them, marks and all, by answer and thought.
@@ -1634,6 +1720,20 @@ class Conversation:
         made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
         return common_prefix(tokens, self._model.encode(self._render([*messages, *made_up])))
 
+    def keep_state(self, file: Path) -> None:
+        """Write the engine's state to a file, up to where the next prompt will share it; the last thing that is done.
+
+        Raises whatever goes wrong.
+        """
+        self._drop_live()
+        # A chat that goes on with the messages doesn't know the model's own words, nor what was left out.
+        self._said = {}
+        if not self.messages:
+            file.unlink(missing_ok=True)
+        elif self._settings.history and self._cache.tokens:
+            self._cache.rewind(self._fit([*self.messages, {"role": "user", "content": "b"}], 0)[2])
+            self._cache.save(file, self._model.fingerprint)
+
     def _sampling(self) -> dict[str, Any]:
         """Return the choice of the next tokens as mlx-lm's `stream_generate` takes it."""
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -1677,7 +1777,13 @@ class Conversation:
         yield from self._speak(Reply(messages, later, self._stream(tokens), splitter, begun), started)
 
     def _prefill(self, tokens: list[int], shared: int) -> Iterator[Piece]:
-        self.statistics = Statistics(len(tokens), self._cache.rewind(tokens), self._model.context_length)
+        state, self.state, started = self.state, None, time.perf_counter()
+        if state:
+            self._cache.load(state, self._model.fingerprint, tokens)
+        cached = self._cache.rewind(tokens)
+        if state and cached and self._settings.stats:
+            yield Piece("notice", f"{cached:,} tokens resumed in {time.perf_counter() - started:.1f} s.")
+        self.statistics = Statistics(len(tokens), cached, self._model.context_length)
         # A line tells how far it is before the first chunk is through.
         for done in itertools.chain([len(self._cache.tokens)], self._cache.prefill(tokens, shared)):
             yield Piece("reading", f"{done} of {len(tokens)} tokens" * (len(tokens) > LONG_PROMPT_TOKENS))
@@ -1827,6 +1933,11 @@ class SessionFile:
             self.close()
             raise ChatError(f"{path} is no session of llmchat: {error}. Name another file.") from error
 
+    @property
+    def state(self) -> Path:
+        """The file beside this one that holds the engine's state after the messages, if that was kept."""
+        return self._path.with_name(f"{self._path.name}.state.safetensors")
+
     def close(self) -> None:
         """Let others have the file."""
         self._file.close()
@@ -1863,7 +1974,8 @@ class KeptChats:
         with foreign(f"{self.folder} can't be used to keep conversations: {{}}."):
             self.folder.mkdir(mode=0o700, exist_ok=True)
             for file in self._files()[self.MOST - 1 :]:
-                file.unlink(missing_ok=True)
+                for each in self.folder.glob(f"{file.name}*"):
+                    each.unlink(missing_ok=True)
         moment = f"{time.strftime('%Y-%m-%d %H.%M.%S')}.{time.time_ns() % 1_000_000_000:09}"
         return SessionFile(self.folder / f"{moment} {self._key(model)}.jsonl")
 
@@ -2811,6 +2923,18 @@ class Chat:
                 self._complain(error)
             self._unkept = True
 
+    def close(self) -> None:
+        """Keep the engine's state beside the session, if that is wanted."""
+        if not (self._settings.keep_state and self._session and self._conversation.hosts.size == 1):
+            return
+        self._screen.wait(lambda: "keeping the state")
+        try:
+            self._conversation.keep_state(self._session.state)
+        except Exception as error:
+            # Only time is lost, and it must not hide why the chat is left, perhaps with the terminal gone.
+            with contextlib.suppress(OSError):
+                self._screen.note(f"The state is not kept: {reason(error)}.")
+
     def _set_aside(self) -> None:
         """Keep the conversation as it is on disk now: what follows is another one."""
         session = self._session
@@ -3094,17 +3218,19 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     signals.leave_if_due()
     advice = settings.recommend(model.recommended)
     conversation = Conversation(model, settings, messages)
+    conversation.state = session.state if session and settings.keep_state and hosts.size == 1 else None
     keeps = settings.keep and prompt is None and hosts.rank == 0
     chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals)
     for note in filter(None, (f"Recommended for this model: {advice}." * bool(advice), conversation.doubt())):
         screen.note(note)
     chat.add_files(settings.file)
-    if prompt is not None:
-        return chat.say_once(prompt)
-    leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
-    welcome(screen, settings, session, messages, leave)
-    chat.draft, signals.chatting = as_typed(draft) * talks, talks
-    chat.run()
+    with contextlib.closing(chat):
+        if prompt is not None:
+            return chat.say_once(prompt)
+        leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
+        welcome(screen, settings, session, messages, leave)
+        chat.draft, signals.chatting = as_typed(draft) * talks, talks
+        chat.run()
     return int(chat.failed and not editor.interactive)
 
 

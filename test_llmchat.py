@@ -1408,6 +1408,157 @@ def test_a_prompt_whose_reply_was_lost_waits_in_the_line(demo, terminal, home) -
     assert contents(session) == ["Count.", NUMBERS]
 
 
+# ------------------------------------------------------------------------------- State on a disk
+
+
+def keep_state(talk: Talk, file: Path) -> Path:
+    """Leave a conversation, and its state in a file, if there is one to keep."""
+    talk.keep_state(file)
+    return file
+
+
+def gone_on(talk: Talk, state: Path, messages: list[dict] | None = None) -> Talk:
+    """The conversation, or another one, as a chat of another day goes on with it."""
+    model = dataclasses.replace(talk.model, net=talk.net._network)
+    other = Talk(model, talk.messages if messages is None else messages)
+    other.state = state
+    return other
+
+
+@pytest.mark.parametrize("conversation", FAMILY_CONVERSATIONS[:3], ids=lambda turns: turns[0].prompt)
+def test_a_conversation_of_another_day_costs_its_new_tokens_with_its_state(conversation, talk, tmp_path) -> None:
+    leasts = least_tokens(talk.model.tokenizer._tokenizer, talk.family, conversation)
+    state = tmp_path / "state.safetensors"
+    for turn, least in zip(conversation, leasts):
+        assert talk.cost(lambda turn=turn, talk=talk: talk.expect(turn)) <= least + 8
+        talk = gone_on(talk, keep_state(talk, state))
+    # Said again, and taken back, in a conversation that has only just gone on.
+    assert hear(talk.retry())[1] == conversation[-1].answer
+    talk.undo()
+    talk.expect(conversation[-1])
+
+
+def test_a_state_goes_on_though_the_context_was_full_or_the_reply_was_cut(talk, tmp_path) -> None:
+    talk.settings.max_tokens = 7
+    hear(talk.reply(COUNT.prompt))
+    talk = gone_on(talk, keep_state(talk, tmp_path / "cut.safetensors"))
+    hear(talk.resume())
+    assert talk.messages[-1]["content"].endswith(COUNT.answer)
+    talk.expect(THANKS)
+    talk.model.context_length, talk.settings.max_tokens = 120, 16
+    for turn in SAMPLE[:3]:
+        hear(talk.reply(turn.prompt))
+    other = gone_on(talk, keep_state(talk, tmp_path / "full.safetensors"))
+    plain = gone_on(talk, tmp_path / "none.safetensors")
+    for talk in (other, plain):
+        talk.model.context_length, talk.settings.max_tokens, talk.settings.temperature = 120, 16, 0
+    assert hear(other.reply("Hm?")) == hear(plain.reply("Hm?"))
+
+
+def flipped(data: bytes, place: int, bit: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+
+def test_a_state_that_is_damaged_or_of_something_else_changes_no_word(talk, tmp_path, request) -> None:
+    chance, file = random.Random(1), tmp_path / "state.safetensors"
+    talk.expect(*SAMPLE[:2])
+    data = keep_state(talk, file).read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+
+    def cached_tokens(messages=None, **changes: object) -> int:
+        other = gone_on(talk, file, messages)
+        other.model = other._model = dataclasses.replace(other.model, **changes)
+        turn = SAMPLE[len(other.messages) // 2]
+        other.expect(turn)
+        return other.statistics.cached_tokens
+
+    assert cached_tokens() == len(talk._cache.tokens)
+    # Of another model, or of another version of the engine; not there.
+    assert cached_tokens(fingerprint="another") == 0
+    # From before an /undo, and of another conversation.
+    cached_tokens(talk.messages[:2])
+    cached_tokens([])
+    for messages in (HELLO.messages(), [*WHO.messages(), *SAMPLE[1].messages()]):
+        plain, other = gone_on(talk, tmp_path / "none", messages), gone_on(talk, file, messages)
+        for either in (plain, other):
+            either.settings.temperature, either.settings.max_tokens = 0, 16
+        assert hear(plain.reply(ADA.prompt)) == hear(other.reply(ADA.prompt))
+    # Cut off, and with one bit that has turned: of the tensors', and of what is said of them.
+    for length in (0, 4, header // 2, header, chance.randrange(header, len(data)), len(data) - 1):
+        file.write_bytes(data[:length])
+        assert cached_tokens() == 0
+    for _ in range(4):
+        file.write_bytes(flipped(data, chance.randrange(header, len(data)), chance.randrange(8)))
+        assert cached_tokens() == 0
+        file.write_bytes(flipped(data, chance.randrange(header), chance.randrange(8)))
+        cached_tokens()
+    file.unlink()
+    assert cached_tokens() == 0
+    file.mkdir()
+    assert cached_tokens() == 0
+
+
+RESUMED = re.compile(r"([\d,]+) tokens resumed in [\d.]+ s\.\n")
+
+
+@pytest.mark.parametrize("way", ["end", "Ctrl+D", "Ctrl+C", "SIGTERM", "SIGHUP"])
+def test_a_state_is_kept_however_the_chat_is_left(way, demo, chat, start, terminal, home) -> None:
+    flags, state = [demo, "--session", "talk", "--keep-state"], home / "talk.state.safetensors"
+    # Left by one that was killed while it wrote.
+    (home / "talk.state.safetensors.part.safetensors").write_text("half of it")
+    if way == "end":
+        chat(*flags, stdin=f"{SAMPLE[0].prompt}\n")
+    elif way.startswith("SIG"):
+        process = start(*flags)
+        say(process, f"{SAMPLE[0].prompt}\n")
+        wait_for(process, SAMPLE[0].answer + "\n\nprompt -> ")
+        process.send_signal(getattr(signal, way))
+        assert process.wait() == 128 + getattr(signal, way)
+    else:
+        screen = terminal(*flags)
+        screen.ask(SAMPLE[0].prompt)
+        if way == "Ctrl+C":
+            screen.send("\x03", "again to leave")
+        assert screen.leave("\x04" if way == "Ctrl+D" else "\x03") == 0
+    assert state.stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in home.glob("talk*")} == {"talk", state.name}
+
+
+def test_a_state_is_used_once_and_only_if_it_is_asked_for(demo, chat, home) -> None:
+    flags, state = [demo, "--session", "talk", "--stats"], home / "talk.state.safetensors"
+    chat(*flags, "--keep-state", stdin=f"{SAMPLE[0].prompt}\nquit\n")
+    before = state.stat().st_mtime_ns
+    done = chat(*flags, stdin=f"{SAMPLE[1].prompt}\n")
+    assert transcript(SAMPLE[1]) in done.out and not RESUMED.search(done.err)
+    # Nothing was said: the state is as it was.
+    chat(*flags, "--keep-state", stdin="quit\n")
+    assert state.stat().st_mtime_ns == before
+    done = chat(*flags, "--keep-state", stdin=f"{SAMPLE[2].prompt}\n{SAMPLE[3].prompt}\n")
+    assert transcript(*SAMPLE[2:4]) in done.out
+    assert len(RESUMED.findall(done.err)) == 1 and state.stat().st_mtime_ns > before
+    # What /clear takes out of the session is gone from beside it too.
+    chat(*flags, "--keep-state", stdin="/clear\n")
+    assert {path.name for path in home.glob("talk*")} == {"talk"}
+
+
+def test_the_states_of_kept_conversations_go_with_them(demo, chat, home) -> None:
+    folder = home / ".llmchat"
+    (home / ".llmchat_config").write_text("keep-state = true\n")
+    chat(demo, stdin="My name is Ada.\n")
+    assert len([*folder.iterdir()]) == 2
+    done = chat("-c", "--stats", stdin="What is my name?\n")
+    assert transcript(SAMPLE[4]) in done.out and RESUMED.search(done.err)
+    for _ in range(60):
+        llmchat.KeptChats(folder).begin("m").close()
+    assert len([*folder.iterdir()]) == 50
+    # One that can't be written says so, and the conversation is kept.
+    limited = ["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *PROGRAM]
+    done = chat(demo, "--session", "talk", stdin="My name is Ada.\n", program=limited)
+    assert "The state is not kept: " in done.err and done.code == 0
+    assert {path.name for path in home.glob("talk*")} == {"talk"}
+    assert contents(home / "talk") == ["My name is Ada.", "Nice to meet you, Ada!"]
+
+
 # --------------------------------------------------------------------------------------- Thoughts
 
 ASKED = SAMPLE[:4]
