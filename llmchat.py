@@ -3074,9 +3074,13 @@ class Chat:
         if not self._files:
             self._screen.note("No files wait for the next prompt.")
 
-    def add_files(self, patterns: Sequence[str]) -> None:
-        """Put files before the next prompt. Raises `ChatError`, with none added, if one can't be read."""
-        self._files += [text for pattern in patterns for text in read_texts(pattern)]
+    def add_files(self, patterns: Sequence[str], once: bool = False) -> None:
+        """Put files before the next prompt, if `once` those that no prompt holds as they are.
+
+        Raises `ChatError`, with none added, if one can't be read.
+        """
+        held = "\n".join(message["content"] for message in self._conversation.messages) if once else ""
+        self._files += [text for pattern in patterns for text in read_texts(pattern) if not once or text not in held]
 
     @command("[TEXT]")
     def _edit(self, rest: str) -> None:
@@ -3223,7 +3227,8 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals)
     for note in filter(None, (f"Recommended for this model: {advice}." * bool(advice), conversation.doubt())):
         screen.note(note)
-    chat.add_files(settings.file)
+    # The same command on the same session asks about a document that the conversation has already.
+    chat.add_files(settings.file, once=settings.history)
     with contextlib.closing(chat):
         if prompt is not None:
             return chat.say_once(prompt)

@@ -1541,6 +1541,20 @@ def test_a_state_is_used_once_and_only_if_it_is_asked_for(demo, chat, home) -> N
     assert {path.name for path in home.glob("talk*")} == {"talk"}
 
 
+def test_one_shots_read_a_document_once(demo, chat, home) -> None:
+    (home / "book.txt").write_text("word " * 150)
+    flags = [demo, "--session", "book", "--keep-state", "--stats", "--max-tokens", "2", "--file", "book.txt", "-p"]
+    chat(*flags, "Count.")
+    done = chat(*flags, "Thanks!")
+    assert RESUMED.search(done.err)
+    (new, reused) = map(int, re.search(r"(\d+) new, (\d+) reused", done.err).groups())
+    assert new < 60 and reused > 300
+    # One that has changed meanwhile is put before the prompt again.
+    (home / "book.txt").write_text("words " * 150)
+    done = chat(*flags, "Thanks!")
+    assert int(re.search(r"(\d+) new", done.err)[1]) > 300 and RESUMED.search(done.err)
+
+
 def test_the_states_of_kept_conversations_go_with_them(demo, chat, home) -> None:
     folder = home / ".llmchat"
     (home / ".llmchat_config").write_text("keep-state = true\n")
