@@ -2959,6 +2959,41 @@ def bench_decode(model: llmchat.Model) -> None:
     show("decode, floor mlx_lm.stream_generate", "tokens/s", 0.98, *rates)
 
 
+def bench_state(model: llmchat.Model, cache: Path) -> None:
+    """Going on with a conversation of about 4,000 tokens: to the first new token, with its state and without."""
+    model, file = dataclasses.replace(model, context_length=None), cache / "state.safetensors"
+    words = "word " * (4000 // len(model.encode("word ")))
+    before = [{"role": "user", "content": words}, {"role": "assistant", "content": "Good."}]
+
+    def gone_on(state: Path | None) -> Conversation:
+        conversation = Conversation(model, Settings(max_tokens=1), before)
+        conversation.state = state
+        list(conversation.reply("Count."))
+        return conversation
+
+    def leave_s() -> float:
+        conversation = gone_on(file)
+        started = time.perf_counter()
+        conversation.keep_state(file)
+        return time.perf_counter() - started
+
+    def write_s() -> float:
+        data, started = file.read_bytes(), time.perf_counter()
+        file.with_name("copy").write_bytes(data)
+        return time.perf_counter() - started
+
+    file.unlink(missing_ok=True)
+    conversation = gone_on(None)
+    conversation.keep_state(file)
+    firsts = medians(*(lambda state=state: gone_on(state).statistics.time_to_first_token_s for state in (file, None)))
+    show("going on with 4,000 tokens, peer no state", "s", 0.1, *firsts)
+    tokens, net = conversation.statistics.prompt_tokens, model.net.args
+    # Keys and values, as 32-bit numbers.
+    least = net.num_hidden_layers * 2 * net.num_key_value_heads * net.head_dim * 4
+    show("state on disk a token, floor keys and values", "bytes", 1.1, file.stat().st_size / tokens, least)
+    show("leaving with that state, floor writing it", "s", 5.0, *medians(leave_s, write_s))
+
+
 def bench_launched(cache: Path) -> None:
     """Decoding on two hosts, both of them here, beside mlx-lm's own chat under the same launcher."""
     model, longest = build_talking(cache, "dense"), ["--max-tokens", str(DECODE_TOKENS)]
@@ -3000,6 +3035,7 @@ def bench(cache: str) -> None:
     early, late = (1e3 * median(turns[n][1] for turns in rounds) for n in (1, -1))
     show("time to first token, turn 10, peer turn 2", "ms", 1.3, late, early)
     bench_decode(model)
+    bench_state(model, folder)
     bench_memory(folder)
     if CAN_SHARE:
         bench_launched(folder)
