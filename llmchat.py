@@ -603,6 +603,8 @@ class Model:
     recommended: dict[str, Any] = dataclasses.field(default_factory=dict)
     # All that a state which was computed with this model depends on.
     fingerprint: str = ""
+    # What the state of a conversation may take of the memory, on each host; None is no bound.
+    memory_bytes: int | None = None
 
     @property
     def _function(self) -> Any:
@@ -739,8 +741,17 @@ class Loader:
         if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
             advice = f"name its instruct-tuned sibling, or try {EXAMPLE_MODEL}."
             raise ChatError(f"{self._name} has no chat template, so it can't hold a conversation: {advice}")
-        context_length, recommended = first_size(config, CONTEXT_KEYS), self._recommended()
-        return Model(self._name, net, tokenizer, context_length, self._hosts, recommended, self._fingerprint())
+        room = None if self._settings.force else self._hosts.share(self._room())
+        about = first_size(config, CONTEXT_KEYS), self._hosts, self._recommended(), self._fingerprint(), room
+        return Model(self._name, net, tokenizer, *about)
+
+    def _room(self) -> int:
+        """Return the bytes that the weights leave to a conversation, at least a little.
+
+        A sixteenth is for what a step of a prompt's reading takes, and for what MLX keeps at hand.
+        """
+        usable = usable_memory()[1]
+        return max(usable - usable // 16 - self._total // self._hosts.size, usable // 16)
 
     def _fingerprint(self) -> str:
         """Return the names, sizes and times of all files that shape the network, and mlx-lm's version."""
@@ -1068,6 +1079,36 @@ class PromptCache:
                 if end == due and not self.can_trim:
                     self._take_snapshot()
                 yield end
+
+    def tokens_in(self, memory_bytes: int) -> int | None:
+        """Return the number of tokens whose state so many bytes hold, or None if it does not grow; forgets everything.
+
+        Full attention grows with each token. Windows, chunks and recurrent layers take what they take when they are
+        full, and the same for each of two snapshots.
+        """
+        import mlx.core as mx
+        from mlx.utils import tree_flatten
+
+        growing, fixed = 0, 0
+        # MLX knows the shapes of what it has not computed: this takes a start no time.
+        with self._dropped_on_error():
+            self._net(mx.array([[0]]), cache=self._layers)
+        for leaf in self._leaves():
+            values: Any = tree_flatten(vars(leaf))
+            arrays = [value for _, value in values if isinstance(value, mx.array) and value.ndim > 1]
+            most = getattr(leaf, "max_size", None) or getattr(leaf, "chunk_size", None)
+            if not most and self._needs_copy(leaf):
+                fixed += 3 * sum(array.nbytes for array in arrays)
+                continue
+            # An array is laid out for more tokens than it holds.
+            token_bytes = sum(array.nbytes // array.shape[-2] for array in arrays)
+            if most:
+                # A window has room for a step of a prompt's reading beside what it keeps.
+                fixed += 3 * token_bytes * (most + PREFILL_STEP_TOKENS)
+            else:
+                growing += token_bytes
+        self.clear()
+        return max(memory_bytes - fixed, memory_bytes // 2) // growing if growing else None
 
     def _values(self) -> list[tuple[str, Any]]:
         from mlx.utils import tree_flatten
@@ -1535,6 +1576,9 @@ class Conversation:
         self.hosts = model.hosts
         self._format = ThoughtFinder(model).find()
         self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
+        # The most tokens that the memory holds; hosts with other layers are to leave out the same turns.
+        memory_bytes = model.memory_bytes
+        self._memory_tokens = memory_bytes and self.hosts.share(self._cache.tokens_in(memory_bytes))
         self._live: Reply | None = None
         # Messages before this one are not sent: they no longer fit.
         self._first = 0
@@ -1550,9 +1594,16 @@ class Conversation:
 
     def measure(self, text: str) -> str:
         """Return the size of a text in tokens, in words that say if it can't fit."""
-        size, limit = len(self._model.encode(text)), self._model.context_length
-        full = f", and doesn't fit: {self._model.name} takes {limit}" if limit and size > limit else ""
+        size, (limit, bound) = len(self._model.encode(text)), self.bound()
+        full = f", and doesn't fit {bound}" if limit and size > limit else ""
         return f"{size} tokens{full}"
+
+    def bound(self) -> tuple[int | None, str]:
+        """Return the most tokens that can be sent and said, None if there is no limit, and in words what sets it."""
+        limit, memory_tokens = self._model.context_length, self._memory_tokens
+        if memory_tokens is not None and (limit is None or memory_tokens < limit):
+            return memory_tokens, f"this machine's memory (about {memory_tokens} tokens)"
+        return limit, f"the model's {limit} tokens"
 
     def seed(self, seed: int | None) -> None:
         """Make what is sampled from here on repeatable; None leaves chance to chance, the same on all hosts."""
@@ -1581,7 +1632,7 @@ class Conversation:
 
         With `answer` its thought is closed first. Raises `ChatError` where there is nothing to go on with.
         """
-        started, limit = time.perf_counter(), self._model.context_length
+        started, (limit, bound) = time.perf_counter(), self.bound()
         if not self.messages or "finish_reason" not in self.messages[-1]:
             raise ChatError(f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}.")
         live = self._live or (yield from self._revive())
@@ -1589,7 +1640,7 @@ class Conversation:
             raise ChatError("There is no thought to close: /continue goes on with the answer.")
         held = len(self._cache.tokens)
         if limit and held >= limit:
-            raise ChatError(f"The reply can't go on: the model's {limit} tokens are full. /clear starts over.")
+            raise ChatError(f"The reply can't go on: it fills {bound}. /clear starts over.")
         if self._live:
             self.statistics = Statistics(held, held, limit)
         # If this fails, the reply goes on from a state computed anew.
@@ -1690,7 +1741,7 @@ class Conversation:
         """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits."""
         text = self._render(messages[first:])
         tokens = self._model.encode(text)
-        limit = self._model.context_length
+        limit, bound = self.bound()
         room = min(self._settings.max_tokens, limit // 4) if limit else 0
         if limit is None or len(tokens) + room <= limit:
             return first, text, tokens
@@ -1706,9 +1757,10 @@ class Conversation:
         text = self._render(messages[first:])
         tokens = self._model.encode(text)
         if len(tokens) + room > limit:
+            force = ", or start with --force" * (limit != self._model.context_length)
             raise ChatError(
-                f"The prompt is too long: {len(tokens)} tokens, with {room} kept for the reply, where"
-                f" {self._model.name} takes {limit}. Shorten it{' or lower max-tokens' if len(tokens) < limit else ''}."
+                f"The prompt is too long for {bound}: {len(tokens)} tokens, with {room} kept for the reply. Shorten"
+                f" it{' or lower max-tokens' if len(tokens) < limit else ''}{force}."
             )
         return first, text, tokens
 
@@ -1757,14 +1809,14 @@ class Conversation:
         }
 
     def _turn(self, before: list[Message], prompt: str) -> Generator[Piece, None, None]:
-        started, limit, self.statistics = time.perf_counter(), self._model.context_length, None
+        started, self.statistics = time.perf_counter(), None
         messages = [*before, {"role": "user", "content": prompt}]
         first = min(self._first, len(before)) if self._settings.history else len(before)
         fitting, text, tokens = self._fit(messages, first)
         if fitting > first:
             turns = fitting // 2
             who = f"The first {turns} turns no longer fit" if turns > 1 else "The first turn no longer fits"
-            yield Piece("notice", f"{who} the model's {limit} tokens: left out from here on.")
+            yield Piece("notice", f"{who} {self.bound()[1]}: left out from here on.")
         self._drop_live()
         # A clock or a date in the template may be different elsewhere.
         tokens = self.hosts.share(tokens)
@@ -1783,7 +1835,7 @@ class Conversation:
         cached = self._cache.rewind(tokens)
         if state and cached and self._settings.stats:
             yield Piece("notice", f"{cached:,} tokens resumed in {time.perf_counter() - started:.1f} s.")
-        self.statistics = Statistics(len(tokens), cached, self._model.context_length)
+        self.statistics = Statistics(len(tokens), cached, self.bound()[0])
         # A line tells how far it is before the first chunk is through.
         for done in itertools.chain([len(self._cache.tokens)], self._cache.prefill(tokens, shared)):
             yield Piece("reading", f"{done} of {len(tokens)} tokens" * (len(tokens) > LONG_PROMPT_TOKENS))
@@ -3234,6 +3286,8 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
             return chat.say_once(prompt)
         leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
         welcome(screen, settings, session, messages, leave)
+        if screen.watched and (limit := conversation.bound()[0]) != model.context_length:
+            screen.note(f"The memory has room for a conversation of about {limit} tokens.")
         chat.draft, signals.chatting = as_typed(draft) * talks, talks
         chat.run()
     return int(chat.failed and not editor.interactive)

@@ -1206,6 +1206,51 @@ def test_the_oldest_turns_are_left_out_when_the_context_is_full(talk) -> None:
     assert len(talk.messages) == 20
 
 
+@pytest.fixture
+def small(model):
+    """A conversation with a model, on a machine whose memory holds 160 tokens and a few."""
+    cache = PromptCache(model.net)
+    memory_bytes = next(size for size in range(0, 1 << 24, 1 << 12) if cache.tokens_in(size) >= 160)
+    return Talk(dataclasses.replace(model, memory_bytes=memory_bytes), max_tokens=32)
+
+
+def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> None:
+    cache = PromptCache(talk.net)
+    more = cache.tokens_in(2 << 30) - cache.tokens_in(1 << 30)
+    prompt, sizes = talk.encoded([{"role": "user", "content": "word " * 400}])[:1537], []
+    for held in cache.prefill(prompt, 0):
+        sizes.append((held, sum(value.nbytes for _, value in cache._values() if hasattr(value, "nbytes"))))
+    # From the second step on nothing but full attention grows.
+    (held, size), (last, most) = sizes[1], sizes[-1]
+    assert (most - size) / (last - held) == pytest.approx((1 << 30) / more, rel=1e-4)
+    layers = 1 if talk.family in (FAMILIES["sliding"], FAMILIES["hybrid"]) else 2
+    assert (most - size) / (last - held) == layers * 2 * 640 * 4
+
+
+def test_the_oldest_turns_are_left_out_when_the_memory_is_full(small) -> None:
+    limit, words = small.bound()
+    assert words == f"this machine's memory (about {limit} tokens)"
+    notices = []
+    for turn in SAMPLE * 2:
+        notices += [piece.text for piece in small.reply(turn.prompt) if piece.kind == "notice"]
+        assert len(small._cache.tokens) <= limit
+    assert notices[0] == Like(f"The first *no longer fit* {words}: left out from here on.")
+    assert len(small.messages) == 20
+    with pytest.raises(ChatError, match=r"too long for this machine's memory .*, or start with --force\."):
+        list(small.reply("word " * 200))
+    assert small.measure("word " * 200).endswith(f", and doesn't fit {words}")
+    assert len(small.messages) == 20
+    small.model.context_length = 150
+    assert small.bound() == (150, "the model's 150 tokens")
+
+
+def test_the_welcome_names_the_bound_of_the_memory_and_force_lifts_it(demo, terminal, tmp_path, home) -> None:
+    endless = changed(tmp_path / "endless", demo, configured(max_position_embeddings=1 << 40))
+    assert fits("\nThe memory has room for a conversation of about * tokens.\n").search(plain(terminal(endless).output))
+    for arguments in ([endless, "--force"], [demo]):
+        assert "The memory" not in terminal(*arguments).output
+
+
 def test_history_and_system_prompt_take_effect_at_once(talk) -> None:
     talk.expect(HELLO, ADA)
     talk.settings.history = False
