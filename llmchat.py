@@ -1136,8 +1136,6 @@ class PromptCache:
 
         Raises whatever goes wrong, with the file as it was, also if little room would be left on the disk.
         """
-        import shutil
-
         from mlx_lm.models.cache import save_prompt_cache
 
         # Always the same name: what a process leaves that is killed meanwhile goes with the next.
@@ -2007,7 +2005,8 @@ class SessionFile:
 class KeptChats:
     """The last conversations, each in a session file named by its time and its model, readable by the user alone."""
 
-    MOST = 50
+    # States are large, and a chat hardly ever goes on with any but the last of its model.
+    MOST, STATES = 50, 5
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -2025,9 +2024,11 @@ class KeptChats:
         """Begin a file; the oldest of too many go. Raises `ChatError`."""
         with foreign(f"{self.folder} can't be used to keep conversations: {{}}."):
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            for file in self._files()[self.MOST - 1 :]:
-                for each in self.folder.glob(f"{file.name}*"):
-                    each.unlink(missing_ok=True)
+            files = self._files()
+            for file in files[self.MOST - 1 :]:
+                file.unlink(missing_ok=True)
+            for beside in (each for file in files[self.STATES - 1 :] for each in self.folder.glob(f"{file.name}.*")):
+                beside.unlink(missing_ok=True)
         moment = f"{time.strftime('%Y-%m-%d %H.%M.%S')}.{time.time_ns() % 1_000_000_000:09}"
         return SessionFile(self.folder / f"{moment} {self._key(model)}.jsonl")
 

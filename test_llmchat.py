@@ -1209,13 +1209,13 @@ def test_the_oldest_turns_are_left_out_when_the_context_is_full(talk) -> None:
 @pytest.fixture
 def small(model):
     """A conversation with a model, on a machine whose memory holds 160 tokens and a few."""
-    cache = PromptCache(model.net)
+    cache = llmchat.PromptCache(model.net)
     memory_bytes = next(size for size in range(0, 1 << 24, 1 << 12) if cache.tokens_in(size) >= 160)
     return Talk(dataclasses.replace(model, memory_bytes=memory_bytes), max_tokens=32)
 
 
 def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> None:
-    cache = PromptCache(talk.net)
+    cache = llmchat.PromptCache(talk.net)
     more = cache.tokens_in(2 << 30) - cache.tokens_in(1 << 30)
     prompt, sizes = talk.encoded([{"role": "user", "content": "word " * 400}])[:1537], []
     for held in cache.prefill(prompt, 0):
@@ -1607,8 +1607,10 @@ def test_the_states_of_kept_conversations_go_with_them(demo, chat, home) -> None
     assert len([*folder.iterdir()]) == 2
     done = chat("-c", "--stats", stdin="What is my name?\n")
     assert transcript(SAMPLE[4]) in done.out and RESUMED.search(done.err)
-    for _ in range(60):
+    (state,) = folder.glob("*.safetensors")
+    for count in range(60):
         llmchat.KeptChats(folder).begin("m").close()
+        assert state.exists() == (count < 4)
     assert len([*folder.iterdir()]) == 50
     # One that can't be written says so, and the conversation is kept.
     limited = ["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *PROGRAM]
