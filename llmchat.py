@@ -947,11 +947,6 @@ class Loader:
         return loaded[0], loaded[1]
 
 
-def load_model(settings: Settings, hosts: Hosts | None = None) -> Model:
-    """Find, check and load the model. Raises `ChatError` where it can't be used."""
-    return Loader(settings, hosts or Hosts()).load()
-
-
 # ---------------------------------------------------------------------------------- Prompt cache
 
 # Tokens put through the model between two looks at Ctrl+C while a prompt is read (prefill).
@@ -2306,9 +2301,6 @@ BURST_S = 0.03
 MARK_PASTES, LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 PASTE_BEGINS, PASTE_ENDS, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
 
-# Wakes the keyboard's thread, as the number of a signal does too.
-NUDGE = b"\0"
-
 # The next of the keys that wait: a marked paste, control keys, or text up to them or to the end of a line; Alt+Enter
 # is none.
 PASTE = re.compile(rb"\x1b\[200~(.*?)\x1b\[201~", re.DOTALL)
@@ -2345,8 +2337,6 @@ class Keyboard:
         self._feeding = self.fed = self._ended = False
         self._lock = threading.Lock()
         self._woken, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        signal.set_wakeup_fd(self._wake)
         self.set_modes()
         self._thread = threading.Thread(target=self._run, daemon=True)
         # Signals are for the main thread: only there they end a wait for keys.
@@ -2356,7 +2346,6 @@ class Keyboard:
 
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way."""
-        signal.set_wakeup_fd(-1)
         os.close(self._wake)
         self._thread.join()
         os.dup2(self._terminal, self._stdin)
@@ -2383,7 +2372,7 @@ class Keyboard:
         try:
             with self._lock:
                 self._sending, self._feeding, self.fed, self._ended = keys, True, False, False
-            os.write(self._wake, NUDGE)
+            os.write(self._wake, b"\0")
             yield
         except KeyboardInterrupt:
             # The rest of a paste goes with the line; what was typed after it stays.
@@ -2402,14 +2391,8 @@ class Keyboard:
             # The editor says to nobody when it begins to read.
             due = self._feeding and (self._sending or self._waiting)
             readable, _, _ = select.select([self._woken, self._terminal], [], [], 0.001 if due else None)
-            woken = os.read(self._woken, 64) if self._woken in readable else NUDGE
-            if not woken:
+            if self._woken in readable and not os.read(self._woken, 64):
                 return
-            if self._feeding and {*woken} - {*NUDGE, signal.SIGWINCH}:
-                # Python looks at a signal only if it ends the wait for a key: it may have come before that, or to
-                # a thread of the engine.
-                time.sleep(BURST_S)
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGWINCH)
             if self._terminal in readable:
                 self._take(live=not due and self._listens())
             while self._listens() and (self._sending or self._waiting):
@@ -2727,11 +2710,31 @@ class Signals:
             # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
             if found is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        signal.signal(signal.SIGWINCH, lambda *_: None)
+        woken, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake)
+        threading.Thread(target=self._repeat, args=(woken,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self._wake)
         for number, handler in self._found.items():
             signal.signal(number, handler)
+
+    @staticmethod
+    def _repeat(woken: int) -> None:
+        """Wake the main thread after each signal.
+
+        Python looks at one only if it ends a wait for input: it may have come just before that, or to a thread of the
+        engine.
+        """
+        while number := os.read(woken, 1):
+            if number[0] != signal.SIGWINCH:
+                time.sleep(BURST_S)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGWINCH)
+        os.close(woken)
 
     def press(self) -> None:
         """Ask the reply to stop."""
