@@ -1560,7 +1560,7 @@ def test_a_state_is_kept_however_the_chat_is_left(way, demo, chat, start, termin
     elif way.startswith("SIG"):
         process = start(*flags)
         say(process, f"{SAMPLE[0].prompt}\n")
-        wait_for(process, SAMPLE[0].answer + "\n\nprompt -> ")
+        wait_for(process, re.escape(SAMPLE[0].answer) + "\n\nprompt -> ")
         process.send_signal(getattr(signal, way))
         assert process.wait() == 128 + getattr(signal, way)
     else:
