@@ -2523,7 +2523,7 @@ def test_a_model_is_downloaded_once_and_then_needs_no_hub(demo, hub, chats, home
     assert broken.complaint.endswith(f"Remove {damaged}, and it is downloaded again.")
 
 
-def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(sharded, hub, terminal) -> None:
+def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(sharded, hub, terminal, home) -> None:
     hub.put("own/model", sharded)
     hub.faults = {f"own/model/{SHARDS[1]}": "stall"}
     screen = terminal("own/model", prompt="Loading", HF_HUB_DOWNLOAD_TIMEOUT="60")
@@ -2534,9 +2534,11 @@ def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(
     assert screen.said().endswith(f"llmchat: error: The download of own/model was stopped. {KEPT}")
     hub.faults = {}
     hub.fetched()
-    screen = terminal("own/model")
-    screen.see("loading: 0.0 of 0.0 GB")
+    terminal("own/model")
     assert hub.fetched() == [SHARDS[1]]
+    # A load that never ends.
+    model = changed(home / "model", sharded, lambda folder: os.mkfifo(folder / "generation_config.json"))
+    terminal(model, "--recommended", prompt="Loading").see("loading: 0.0 of 0.0 GB")
 
 
 def test_a_download_that_was_cut_goes_on_with_the_rest(sharded, hub, chat) -> None:
