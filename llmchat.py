@@ -77,6 +77,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, TextIO
@@ -742,8 +743,8 @@ class Loader:
             advice = f"name its instruct-tuned sibling, or try {EXAMPLE_MODEL}."
             raise ChatError(f"{self._name} has no chat template, so it can't hold a conversation: {advice}")
         room = None if self._settings.force else self._hosts.share(self._room())
-        about = first_size(config, CONTEXT_KEYS), self._hosts, self._recommended(), self._fingerprint(), room
-        return Model(self._name, net, tokenizer, *about)
+        length, recommended, fingerprint = first_size(config, CONTEXT_KEYS), self._recommended(), self._fingerprint()
+        return Model(self._name, net, tokenizer, length, self._hosts, recommended, fingerprint, room)
 
     def _room(self) -> int:
         """Return the bytes that the weights leave to a conversation, at least a little.
@@ -1114,8 +1115,6 @@ class PromptCache:
 
     def _digest(self) -> str:
         """Return a checksum of the tokens, and of the state to its last bit: one that has turned would change words."""
-        import zlib
-
         import mlx.core as mx
 
         parts: list[Any] = [self.tokens]
