@@ -2330,8 +2330,8 @@ class Keyboard:
         os.dup2(end, self._stdin)
         os.close(end)
         os.set_blocking(self._editor, False)
-        # Keys that the editor was not given yet, as they came; and what it is being given.
-        self._waiting, self._sending = b"", b""
+        # Keys that the editor was not given yet, as they came; what it is being given; and an Esc without its key.
+        self._waiting, self._sending, self._escape = b"", b"", b""
         # The editor reads; since it does, it was given keys, and the end of a line.
         self._feeding = self.fed = self._ended = False
         self._lock = threading.Lock()
@@ -2399,17 +2399,20 @@ class Keyboard:
 
     def _take(self, live: bool) -> None:
         """Take what was typed; if it is `live`, lines that come in one burst are a paste, else prompts of their own."""
-        data = self._read()
-        while self._has_more(data):
-            data += self._read()
+        keys, self._escape = self._escape + self._read(), b""
+        while self._has_more(keys):
+            keys += self._read()
+        # An Esc by itself stops a reply. In a line it belongs to the next key, but to no paste.
+        data = re.sub(rb"\x1b(?=\x1b\[200~)|\x1b\Z", b"", keys)
+        if data != keys and not self._feeding:
+            self._on_escape()
+        elif keys.endswith(b"\x1b"):
+            self._escape = b"\x1b"
         if live and PASTE_BEGINS not in data and re.search(rb"[\r\n].", data, re.DOTALL):
             text = data.rstrip(b"\r\n")
             data = PASTE_BEGINS + text + PASTE_ENDS + b"\r" * (len(text) < len(data))
         # Ctrl+D in a reply is not meant to leave when it ends.
         self._waiting += data if self._feeding else data.replace(b"\x04", b"")
-        if not self._feeding and self._waiting.endswith(b"\x1b"):
-            self._waiting = self._waiting.rstrip(b"\x1b")
-            self._on_escape()
 
     def _read(self) -> bytes:
         with contextlib.suppress(OSError):

@@ -2332,6 +2332,8 @@ def test_esc_stops_a_reply_and_a_paste_meanwhile_is_one_prompt(demo, terminal) -
     screen.send("Thanks" + "\x1b\r" + "a lot!", "a lot!")
     screen.send("\r", "\n*prompt -> ")
     screen.send("/save talk\r", "4 messages*prompt -> ")
+    # An Esc before it is no part of a paste.
+    screen.send("\x1b")
     screen.send(MARKED("/clear\nnow") + "\r", "prompt -> ")
     screen.send('"""\r', "... ")
     screen.send(CTRL_D, "prompt -> ")
