@@ -780,7 +780,7 @@ class Loader:
     def _find_in_hub(self) -> None:
         if not REPOSITORY.fullmatch(self._name) or self._folder.exists():
             name = shortened(self._name)
-            raise ChatError(f"'{name}' is no model folder and no repository's name, which is like {EXAMPLE_MODEL}.")
+            raise ChatError(f"'{name}' is neither a model folder nor a repository's name, such as {EXAMPLE_MODEL}.")
         self._folder = snapshot(self._name, self._settings.revision)
         if not missing_files(self._folder):
             return

@@ -2432,7 +2432,7 @@ KEPT = "Every finished file is kept; run the same command again to fetch the res
 LOGIN = "*log in with 'hf auth login'*"
 PRIVATE = "There is no model {name} at {hub}, or it is private: *{hub}/{name}*" + LOGIN
 GATED = "{name} is gated: *{hub}/{name}*" + LOGIN
-NO_FOLDER = "'{name}' is no model folder and no repository's name, which is like *"
+NO_FOLDER = "'{name}' is neither a model folder nor a repository's name, such as *"
 # What the hub answers for a name, or would, and the sentence about it.
 REFUSALS = {
     "Llama-3.2-3B": (None, "There is no model {name} at {hub}; did you mean mlx-community/{name}?"),
@@ -2450,7 +2450,7 @@ REFUSALS = {
     "./nowhere": (None, NO_FOLDER),
     "no/such/model": (None, NO_FOLDER),
     "own/na--me": (None, "'{name}' can't be the name of a repository: a name looks like mlx-community/Llama-3.2-3B-*"),
-    "x" * 300 + "\x1b": (None, f"'{'x' * 299}…' is no model folder*"),
+    "x" * 300 + "\x1b": (None, f"'{'x' * 299}…' is neither a model folder*"),
     "own/model --revision no": (None, "{name} has no revision no: {hub}/own/model/tree/main *"),
     "own/model --revision " + "x" * 300: (None, f"{{name}} has no revision {'x' * 300}: {{hub}}/own/model/tree/main *"),
 }
@@ -2819,7 +2819,7 @@ def test_a_model_that_is_different_on_one_host_is_said_with_its_name(demo, hosts
     assert second.complaint == Like(f"On {platform.node()}: ~/model is another model here than on the first host*")
     shutil.rmtree(home.parent / "other/model")
     _, second = hosts("~/model")
-    assert second.complaint == Like(f"On {platform.node()}: '~/model' is no model folder*")
+    assert second.complaint == Like(f"On {platform.node()}: '~/model' is neither a model folder*")
 
 
 def processes_of(launcher: subprocess.Popen, mark: str) -> list[int]:
