@@ -438,8 +438,8 @@ REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 GIB = 1 << 30
 OTHER_DISK = "Make room for it, or set HF_HOME to a folder on another disk."
 IMPORT_FAILURE = (
-    "The libraries can't be loaded: {}. Look at the variables HF_... and MLX... and at the folder that"
-    " you are in, or install anew."
+    "The libraries can't be loaded: {}. Look at the variables HF_... and MLX..., at ulimit -n (mlx-lm needs 4096), and"
+    " at the folder that you are in, or install anew."
 )
 KEPT = "Every finished file is kept; run the same command again to fetch the rest."
 
@@ -939,8 +939,6 @@ class Loader:
                 raise EngineError(f"The hosts could not load {self._name} together: {words}.") from error
             if "trust_remote_code" in str(error):
                 raise self._untrusted() from error
-            if os.strerror(errno.EMFILE) in words:
-                raise ChatError(f"{self._name} has too many files for this shell: ulimit -n 4096 helps.") from error
             if adapter:
                 raise ChatError(f"{self._name} can't be loaded with {adapter}: {words}. Name another one.") from error
             missing = "".join(f". {name} is missing" for name in missing_files(self._folder)[:1])

@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 from importlib.metadata import distribution, version
@@ -2208,11 +2209,16 @@ def test_prose_wraps_at_words_and_what_is_to_be_copied_does_not() -> None:
     assert wrap.feed("a longword b") + wrap.flush() == "a longword b"
 
 
-def test_a_reply_wraps_on_a_terminal_and_nowhere_else(demo, terminal, chat, home) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(24, 80), (10, 40), (50, 200)])
+def test_a_reply_wraps_on_a_terminal_and_nowhere_else(rows, columns, demo, terminal, chat, home) -> None:
     screen = terminal(demo, prompt="")
-    fcntl.ioctl(screen.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 40, 0, 0))
+    fcntl.ioctl(screen.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     screen.expect("prompt -> ")
-    assert screen.ask(SAMPLE[0].prompt) == "I'm doing well, thank you for asking!\nHow can I help you today?"
+    for turn in SAMPLE:
+        assert screen.ask(turn.prompt) == textwrap.fill(turn.answer, columns)
+    # A window that changes its size in the middle of the chat.
+    fcntl.ioctl(screen.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 30, 0, 0))
+    assert screen.ask("/retry") == textwrap.fill(SAMPLE[-1].answer, 30)
     assert screen.leave(CTRL_D) == 0
     (kept,) = (home / ".llmchat").iterdir()
     assert contents(kept)[1] == SAMPLE[0].answer
@@ -2362,6 +2368,12 @@ def test_any_locale_takes_any_character(locale, demo, terminal, home) -> None:
     assert terminal(demo, LC_ALL=locale).send(UP + UP, "ça 🎉")
 
 
+def test_a_prompt_of_a_session_can_not_drive_the_terminal(demo, terminal, home) -> None:
+    (home / "talk").write_text(as_lines({"role": "user", "content": "\x1b]0;x\x07Hi\x9b5n"}))
+    screen = terminal(demo, "--session", "talk", prompt="prompt -> ]0;xHi5n")
+    assert not {"\x07", "\x9b"} & {*screen.output}
+
+
 def test_a_template_that_never_ends_is_stopped(demo, terminal, tmp_path) -> None:
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     screen = terminal(changed(tmp_path / "model", demo, put("chat_template.jinja", endless)))
@@ -2399,6 +2411,8 @@ def test_ctrl_c_while_the_libraries_are_imported_ends_quietly(demo, start, home)
 def test_foreign_nonsense_is_one_short_sentence(demo, chat, tmp_path) -> None:
     assert "HF_..." in chat("own/model", "-p", "x", HF_HUB_ETAG_TIMEOUT="nonsense").complaint
     assert chat(demo, "-p", "x", TMPDIR="/nowhere").complaint.startswith("TMPDIR names no folder")
+    few = ["sh", "-c", 'ulimit -n 1024 && exec "$@"', "sh", *PROGRAM]
+    assert "ulimit -n (mlx-lm needs 4096)" in chat(demo, "-p", "x", program=few).complaint
     for flag in ("--temperature", "--seed", "--stats", "--nonsense" * 300):
         assert len(chat(demo, flag, "9" * 3000).err.splitlines()[-1]) < 300
     adapter = tmp_path / "adapter"
