@@ -2036,7 +2036,8 @@ def pasting(request, environment):
 
 @needs_libedit
 def test_libedit_takes_any_character_search_and_esc(demo, terminal, environment, home) -> None:
-    screen = terminal(demo, LC_ALL="C", PYTHONPATH=f"{environment['PYTHONPATH']}:{LIBEDIT}")
+    environment.update(LC_ALL="C", PYTHONPATH=f"{environment['PYTHONPATH']}:{LIBEDIT}")
+    screen = terminal(demo, "--no-history", "--max-tokens", "120")
     assert screen.ask("ça 🎉")
     # A search ends with Enter, and nothing waits for a further key.
     assert sent(screen, home, "\x12ça\r") == "ça 🎉"
