@@ -2616,6 +2616,9 @@ class LineEditor:
         except BaseException as error:
             # The cursor may stand in the first of several rows.
             self._screen.write("\n" + ERASE_BELOW * (not self._screen.dumb and not isinstance(error, EOFError)))
+            # Python's `input` looks at further signals while it raises what the first one did, and then raises this.
+            if isinstance(error, SystemError) and error.__cause__:
+                raise error.__cause__ from None
             raise
         for meant, mark in self._marks.items():
             line = line.replace(mark, meant)
@@ -2710,6 +2713,9 @@ class Signals:
             # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
             if found is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        # In a callback of an import Python would print what ends the program, and go on; `leave_if_due` sees to that.
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = lambda error: None if self.status else self._hook(error)
         signal.signal(signal.SIGWINCH, lambda *_: None)
         woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -2720,6 +2726,7 @@ class Signals:
     def __exit__(self, *error: object) -> None:
         signal.set_wakeup_fd(-1)
         os.close(self._wake)
+        sys.unraisablehook = self._hook
         for number, handler in self._found.items():
             signal.signal(number, handler)
 
@@ -2741,7 +2748,7 @@ class Signals:
         self.pressed = True
 
     def leave_if_due(self) -> None:
-        """End the program if a signal was to do so and a library, while it was imported, has swallowed that."""
+        """End the program if a signal was to do so and a library, most of all in an import, has swallowed that."""
         if self.status:
             raise SystemExit(self.status)
 
@@ -2890,6 +2897,7 @@ class Chat:
 
     def _read(self) -> str:
         draft, self.draft = self.draft, ""
+        self._signals.leave_if_due()
         self._signals.pressed, self._signals.tearing = False, True
         try:
             return self._editor.read_prompt(draft)
@@ -3361,7 +3369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if complaint and signals.status in (0, status):
         if hosts.rank:
             # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
-            time.sleep(2.0)
+            time.sleep(10.0)
             complaint = f"On {os.uname().nodename}: {complaint}"
         Screen(sys.stdout, sys.stderr, watched=False).note(f"llmchat: error: {complaint}", RED)
     return signals.status or status
