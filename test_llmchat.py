@@ -2369,6 +2369,27 @@ def test_any_locale_takes_any_character(locale, demo, terminal, home) -> None:
     assert terminal(demo, LC_ALL=locale).send(UP + UP, "ça 🎉")
 
 
+def test_standard_input_without_end_is_read_up_to_what_any_model_takes(demo, chat) -> None:
+    endless = f"yes | {shlex.join([*PROGRAM, demo, '-p', '-'])}"
+    assert chat("-c", endless, program=["sh"]).complaint.startswith("Standard input holds more than 16777216")
+
+
+def test_turns_that_no_longer_fit_are_found_in_few_renderings(demo) -> None:
+    class Counting(llmchat.Model):
+        renderings = 0
+
+        def render(self, *arguments, **keywords) -> str:
+            Counting.renderings += 1
+            return super().render(*arguments, **keywords)
+
+    turns = [Turn(f"Say {count}.", "word " * 20) for count in range(500)]
+    messages = [message for turn in turns for message in turn.messages()]
+    conversation = Conversation(Counting(**vars(loaded(demo))), Settings(max_tokens=1), messages)
+    before = Counting.renderings
+    list(conversation.reply("Hello"))
+    assert Counting.renderings - before < 20
+
+
 def test_a_prompt_of_a_session_can_not_drive_the_terminal(demo, terminal, home) -> None:
     (home / "talk").write_text(as_lines({"role": "user", "content": "\x1b]0;x\x07Hi\x9b5n"}))
     screen = terminal(demo, "--session", "talk", prompt="prompt -> ]0;xHi5n")
