@@ -2593,6 +2593,8 @@ class LineEditor:
             return self._edit_line(prompt, text)
         # What a terminal shows of a line that is typed does not reach a pipe: it is shown once more, in its place.
         typed = self._stdin.isatty() and not self._screen.watched
+        # Through the pipe the last reply comes a little later.
+        time.sleep(BURST_S * typed)
         (self._screen.hint if typed else self._screen.write)(prompt)
         line = self._stdin.readline()
         if typed:
