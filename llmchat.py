@@ -423,6 +423,15 @@ def join_hosts() -> Hosts:
     # While one host waits for another it looks at no signals: they end it as they end any program.
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # A host whose neighbour is gone may wait for it for ever: without the launcher none goes on.
+    threading.Thread(target=watch, daemon=True).start()
     with foreign("The hosts that mlx.launch started can't be joined: {}. On one Mac, leave mlx.launch out."):
         return Hosts(mx.distributed.init(strict=True))
 

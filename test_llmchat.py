@@ -2889,7 +2889,6 @@ def test_every_ending_ends_every_host(count, ending, moment, demo, start, tmp_pa
         os.killpg(launcher.pid, number)
     else:
         os.kill(launcher.pid if target == "launcher" else processes[int(target)], number)
-    # Without their launcher they end when the reply is said, which takes four on two cores half a minute.
     wait_until(lambda: not processes_of(launcher, str(model)), 300)
     if target.isdigit():
         # A host that a signal ended says so to the launcher.
