@@ -1164,13 +1164,14 @@ class PromptCache:
             layers, about = engine.load_prompt_cache(str(file), return_metadata=True)
             tokens = json.loads(about["tokens"])
             shared = common_prefix(tokens, prompt[:-1])
+            known = about["model"] == model and [*map(type, layers)] == [*map(type, self._layers)]
             # To read the state of tokens takes a small part of the time that it takes to compute it, but not none.
-            if about["model"] != model or shared < len(tokens) / (8 if self.can_trim else 1):
+            if not known or shared < len(tokens) / (8 if self.can_trim else 1):
                 return
             for layer, loaded in zip(self._layers, layers):
                 vars(layer).update(vars(loaded))
             self.tokens = tokens
-            if [*map(type, layers)] != [*map(type, self._layers)] or self._digest() != about["digest"]:
+            if self._digest() != about["digest"]:
                 self.clear()
             elif not self.can_trim:
                 self._take_snapshot()
@@ -1231,7 +1232,7 @@ class ThoughtFormat(NamedTuple):
     """The marks around a thought and an answer, and the place where the template takes a thought back.
 
     A reply is `start` thought `end` answer `tail`, or `lead` answer `tail`; without a `start` it just begins with the
-    thought. The place is a field of the message, a key of `BLOCKS`, `content`, or none: old thoughts are left out.
+    thought. The place is a field of the message, one of `BLOCKS`, `content`, or none: old thoughts are left out.
     """
 
     start: str = ""
