@@ -225,6 +225,7 @@ class Settings:
     max_thought_tokens: int = option(8192, number(int, 0), "N", "the longest thought, in tokens; 0 is no limit")
     hide_thoughts: bool = option(False, switch, None, "show that a reasoning model thinks, not what")
     recommended: bool = option(False, switch, None, "sample as the model's author recommends", FILE)
+    plain: bool = option(False, switch, None, "show Markdown without colours")
     stats: bool = option(False, switch, None, "show time, tokens and cache use after each reply")
     file: tuple[str, ...] = option((), str, "PATH", "put a file before the first prompt; can be given again", FLAG)
     session: str | None = option(None, str, "FILE", "go on with the conversation in FILE, and keep it there", FLAG)
@@ -2109,57 +2110,91 @@ def width(text: str) -> int:
     return len(text) - marks + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
+GREEN, RED, DIM, BOLD, CODE, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[1m", "\x1b[36m", "\x1b[0m"
+ERASE_BELOW = "\x1b[J"
+
+
 class WordWrap:
     """Breaks prose at words as it streams, in a window that has `columns()` at that moment.
 
     Code between fences, tables and words that are wider than the window are left alone: they are to be copied.
+    Where it is `styled`, headings and `**bold**` are bold, and code has a colour of its own; the marks stay.
     """
 
-    VERBATIM = ("|", "```", "~~~")
+    FENCE, SPANS = re.compile(r"\s*(```[^`]*|~~~.*)"), re.compile(r"(\*\*|`+)")
 
-    def __init__(self, columns: Callable[[], int]) -> None:
-        self._columns = columns
-        # The beginning of the line, the column after what was let through, and the blanks and the word since.
+    def __init__(self, columns: Callable[[], int], styled: bool = False) -> None:
+        self._columns, self._styled = columns, styled
+        # The line so far, the column after what was let through, and the blanks and the word since.
         self._line, self._column, self._blanks, self._word = "", 0, "", ""
-        self._fenced = False
+        # Where the text stands: between fences, in a heading, in bold; after the backquotes that begin code.
+        self._fenced = self._heading = self._bold = False
+        self._quotes = ""
+        # The style in which the terminal is.
+        self._style = ""
 
     def feed(self, text: str) -> str:
         """Return what is certain of all the text so far."""
         return "".join(map(self._put, text))
 
+    def flush(self) -> str:
+        """Return what was held back, at the end of the text."""
+        return self._end_word() + self._in_style("")
+
     def _put(self, char: str) -> str:
         if char == "\n":
-            rest, verbatim = self.flush(), self._line.lstrip().startswith(self.VERBATIM[1:])
-            self._fenced ^= verbatim
+            rest = self._end_word()
+            self._fenced ^= bool(self.FENCE.fullmatch(self._line))
             self._line, self._column, self._blanks = "", 0, ""
-            return rest + char
-        self._line += char if len(self._line.lstrip()) < len("```") else ""
-        if self._fenced or self._line.lstrip().startswith(self.VERBATIM):
-            return self.flush() + char
+            self._heading, self._bold, self._quotes = False, False, ""
+            return rest + self._in_style(CODE * self._fenced) + char
+        self._line += char
+        code = self._fenced or self._line.lstrip().startswith(("```", "~~~"))
+        if code or self._line.lstrip().startswith("|"):
+            return self._end_word() + self._in_style(CODE * code) + char
         if char == " ":
-            rest = self.flush()
+            rest = self._end_word()
             self._blanks += char
             return rest
         # Scripts without blanks may break at any wide character.
-        rest = self.flush() if width(char) > 1 else ""
+        rest = self._end_word() if width(char) > 1 else ""
         self._word += char
         return rest
 
-    def flush(self) -> str:
-        """Return what was held back, at the end of a word or of the text."""
+    def _end_word(self) -> str:
         if not self._word:
             return ""
-        word, taken, columns = self._blanks + self._word, width(self._word), self._columns()
-        if self._column and self._column + len(self._blanks) + taken > columns >= taken:
-            word, self._column = "\n" + self._word, taken
+        blanks, taken, columns = self._blanks, width(self._word), self._columns()
+        self._heading |= bool(not self._column and re.fullmatch("#{1,6}", self._word))
+        if self._column and self._column + len(blanks) + taken > columns >= taken:
+            blanks, self._column = "\n", taken
         else:
             # A row that is full to the last column is not left before the next character.
-            self._column = (self._column + len(self._blanks) + taken - 1) % columns + 1
-        self._word = self._blanks = ""
+            self._column = (self._column + len(blanks) + taken - 1) % columns + 1
+        word, self._word, self._blanks = blanks + self._marked(self._word), "", ""
         return word
 
+    def _marked(self, word: str) -> str:
+        """Return a word with its style, in which a mark is like what it marks."""
+        marked, parts = "", self.SPANS.split(word)
+        for before, part in zip(["", *parts], parts):
+            bold, quotes = self._bold, self._quotes
+            if part.startswith("`") and quotes in ("", part):
+                self._quotes = "" if quotes else part
+            # Within a word it is a power, if it ends nothing.
+            elif part == "**" and not quotes and (bold or not before[-1:].isalnum()):
+                self._bold = not bold
+            style = BOLD * (bold or self._bold or self._heading) + CODE * bool(quotes or self._quotes)
+            marked += self._in_style(style) + part
+        return marked
 
-GREEN, RED, DIM, PLAIN, ERASE_BELOW = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[0m", "\x1b[J"
+    def _in_style(self, style: str) -> str:
+        """Return the codes that bring the terminal into a style."""
+        if style == self._style or not self._styled:
+            return ""
+        before, self._style = self._style, style
+        return PLAIN * bool(before) + style
+
 
 # Before a line tells what is going on, and between two looks at it.
 PATIENCE_S, TICK_S = 0.3, 0.1
@@ -2177,7 +2212,7 @@ class Screen:
         self.watched = watched
         self.dumb = os.environ.get("TERM", "dumb") == "dumb"
         self.styled = not (self.dumb or os.environ.get("NO_COLOR"))
-        self.hide_thoughts = False
+        self.hide_thoughts = self.plain = False
         self._wrap = WordWrap(self._columns)
         # The kind of the last piece of a reply, and newlines that may turn out to end it.
         self._kind = ""
@@ -2287,7 +2322,8 @@ class Screen:
         if self._kind:
             self._end_section()
             self.write("\n\n" * (kind != self._kind))
-        self._kind, self._wrap = kind, WordWrap(self._columns)
+        self._kind = kind
+        self._wrap = WordWrap(self._columns, styled=self.styled and kind == "answer" and not self.plain)
         self.write({"thought": "thinking:\n", "answer": "answer:\n"}.get(kind, "") * labelled)
         self.write(DIM if kind == "thought" and self.styled else "")
 
@@ -3025,7 +3061,8 @@ class Chat:
             aside.close()
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
-        self._screen.hide_thoughts, doing = self._settings.hide_thoughts, "reading the prompt"
+        self._screen.hide_thoughts, self._screen.plain = self._settings.hide_thoughts, self._settings.plain
+        doing = "reading the prompt"
 
         def status() -> str:
             return "stopping..." if self._signals.pressed else doing

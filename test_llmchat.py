@@ -233,10 +233,11 @@ SAMPLE = turns(
 )
 NOT_TOLD = turns(("What is my name?", "You have not told me your name."))[0]
 SAID_HELLO = "こんにちは 👋🏽 — schön, Sie zu sehen 🎉"
+PRINT = "print('hello')\n"
 DEMO = [
     *(SAMPLE, SAMPLE[3:], [NOT_TOLD], SAMPLE[1:2], turns(("How many people live there?", "Where do you mean?"))),
     turns(("Count.", NUMBERS), ("Thanks!", "You are welcome.")),
-    turns(("Say hello.", SAID_HELLO)),
+    turns(("Say hello.", SAID_HELLO), ("How do I print it?", f"With **print**:\n\n```\n{PRINT}```")),
 ]
 
 PIRATE = "You are a pirate."
@@ -2210,6 +2211,41 @@ def test_prose_wraps_at_words_and_what_is_to_be_copied_does_not() -> None:
     assert wrap.feed("a longword b") + wrap.flush() == "a longword b"
 
 
+# Bold stands here between < and >, code between [ and ].
+MARKED = """\
+<# A heading>
+Some <**bold words**> and [`code ** here`], 2**3 is 8, <**<[`x`]<**>.
+[``a ` b``] and <**粗体**>在 and <**unclosed>
+[```python
+x = **y # no `style`
+```]
+[```one line``` and on]
+| a | **b** |
+#hashtag <**bold**> and
+"""
+
+
+def test_markdown_is_coloured_as_it_streams_and_its_marks_stay() -> None:
+    codes = {llmchat.BOLD: "<", llmchat.CODE: "[", llmchat.PLAIN: ""}
+    text = re.sub(r"[<>\[\]]", "", MARKED)
+    for place in range(len(text)):
+        wrap = llmchat.WordWrap(lambda: 80, styled=True)
+        shown = wrap.feed(text[:place]) + wrap.feed(text[place:]) + wrap.flush()
+        for code, mark in codes.items():
+            shown = shown.replace(code, mark)
+    assert shown == re.sub(r"[>\]]", "", MARKED)
+
+
+@pytest.mark.parametrize(("flag", "coloured"), [("--stats", True), ("--plain", False)])
+def test_markdown_is_coloured_where_nobody_wants_it_plain(flag, coloured, demo, terminal) -> None:
+    screen = terminal(demo, flag)
+    screen.ask("Say hello.")
+    screen.ask("How do I print it?")
+    styles = f"With {llmchat.BOLD}**print**{llmchat.PLAIN}:\n\n{llmchat.CODE}```\n{PRINT}```{llmchat.PLAIN}\n"
+    shown = styles if coloured else re.sub("\x1b\\[\\d*m", "", styles)
+    assert shown in screen.output.replace("\r\n", "\n")
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(24, 80), (10, 40), (50, 200)])
 def test_a_reply_wraps_on_a_terminal_and_nowhere_else(rows, columns, demo, terminal, chat, home) -> None:
     screen = terminal(demo, prompt="")
@@ -2253,7 +2289,10 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
     screen.ask("Say hello.")
     screen.send("/copy\r", f"{len(SAID_HELLO)} characters went to the terminal, to be copied.\n*prompt -> ")
     assert base64.b64encode(SAID_HELLO.encode()).decode() in screen.output
-    screen.send("/copy code 1\r", "takes a number from 1 to 0*prompt -> ")
+    screen.ask("How do I print it?")
+    screen.send("/copy code 2\r", "takes a number from 1 to 1*prompt -> ")
+    screen.send("/copy code\r", f"{len(PRINT)} characters went*prompt -> ")
+    assert base64.b64encode(PRINT.encode()).decode() in screen.output
     screen.send("/edit\r", "prompt -> My name is\nAda.")
     assert screen.ask("")
     screen.send("/edit\r", "prompt -> My name is\nAda.")
