@@ -234,10 +234,11 @@ SAMPLE = turns(
 NOT_TOLD = turns(("What is my name?", "You have not told me your name."))[0]
 SAID_HELLO = "こんにちは 👋🏽 — schön, Sie zu sehen 🎉"
 PRINT = "print('hello')\n"
+SAID = turns(("Say hello.", SAID_HELLO), ("How do I print it?", f"With **print**:\n\n```\n{PRINT}```"))
 DEMO = [
     *(SAMPLE, SAMPLE[3:], [NOT_TOLD], SAMPLE[1:2], turns(("How many people live there?", "Where do you mean?"))),
     turns(("Count.", NUMBERS), ("Thanks!", "You are welcome.")),
-    turns(("Say hello.", SAID_HELLO), ("How do I print it?", f"With **print**:\n\n```\n{PRINT}```")),
+    *(SAID, SAID[1:]),
 ]
 
 PIRATE = "You are a pirate."
@@ -2239,7 +2240,6 @@ def test_markdown_is_coloured_as_it_streams_and_its_marks_stay() -> None:
 @pytest.mark.parametrize(("flag", "coloured"), [("--stats", True), ("--plain", False)])
 def test_markdown_is_coloured_where_nobody_wants_it_plain(flag, coloured, demo, terminal) -> None:
     screen = terminal(demo, flag)
-    screen.ask("Say hello.")
     screen.ask("How do I print it?")
     styles = f"With {llmchat.BOLD}**print**{llmchat.PLAIN}:\n\n{llmchat.CODE}```\n{PRINT}```{llmchat.PLAIN}\n"
     shown = styles if coloured else re.sub("\x1b\\[\\d*m", "", styles)
