@@ -3024,11 +3024,13 @@ class Chat:
 
     def _keep(self, *asked: Message) -> None:
         """Write the conversation down. That it can't be written is said once, and the chat goes on."""
+        turns = [*self._conversation.messages, *asked]
         try:
-            if self._session is None and self._kept and self._conversation.messages:
+            if self._session is None and self._kept and turns:
                 self._session = self._kept.begin(str(self._settings.model))
             if self._session:
-                self._session.save([*self._messages(), *asked])
+                # A system prompt by itself is no conversation to go on with.
+                self._session.save(self._settings.with_system(turns) if turns or self._settings.session else [])
             self._unkept = False
         except ChatError as error:
             if not self._unkept:

@@ -1446,14 +1446,16 @@ def test_one_shots_with_nothing_to_say_or_no_place_to_be(demo, chat, home) -> No
     assert "Traceback" not in done.err
 
 
-def test_a_prompt_whose_reply_was_lost_waits_in_the_line(demo, terminal, home) -> None:
-    session = home / "chat.jsonl"
-    screen = terminal(demo, "--session", str(session))
+@pytest.mark.parametrize("flags", [("--session", ".llmchat/chat"), ("-c",)])
+def test_a_prompt_whose_reply_was_lost_waits_in_the_line(flags, demo, terminal, home) -> None:
+    (home / ".llmchat").mkdir()
+    screen = terminal(demo, *(() if flags == ("-c",) else flags))
     screen.send("Count.\r", "10,")
     os.kill(screen.pid, signal.SIGKILL)
     assert screen.leave(killed=True) == -signal.SIGKILL
+    (session,) = (home / ".llmchat").iterdir()
     assert contents(session) == ["Count."]
-    screen = terminal(demo, "--session", str(session), prompt="prompt -> Count.")
+    screen = terminal(demo, *flags, prompt="prompt -> Count.")
     screen.send("\r", "100\n")
     screen.expect("prompt -> ")
     assert screen.leave(CTRL_D) == 0
@@ -2334,9 +2336,10 @@ def test_every_conversation_is_kept_and_the_last_one_goes_on(demo, chat, home, t
     assert not folder.exists()
     chat(demo, "--no-keep", stdin="Say hello.\n")
     chat(demo, "-p", "Say hello.")
+    chat(demo, "--system", "Be brief.", stdin="word " * 5000 + "\n")
     assert chat(demo, "-c").complaint == f"There is no conversation with {demo} in {folder} to go on with."
     chat(demo, stdin="Say hello.\n/clear\nMy name is Ada.\n")
-    files = sorted(folder.iterdir())
+    _, *files = sorted(folder.iterdir())
     assert [contents(file)[0] for file in files] == ["Say hello.", "My name is Ada."]
     assert (folder.stat().st_mode & 0o777, files[0].stat().st_mode & 0o777) == (0o700, 0o600)
     chat(thinker("channels"), stdin="Hello, how are you?\n")
