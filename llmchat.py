@@ -1740,30 +1740,32 @@ class Conversation:
 
     def _fit(self, messages: list[Message], first: int) -> tuple[int, str, list[int]]:
         """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits."""
-        text = self._render(messages[first:])
-        tokens = self._model.encode(text)
+
+        def prompt(first: int) -> tuple[int, str, list[int]]:
+            text = self._render(messages[first:])
+            return first, text, self._model.encode(text)
+
         limit, bound = self.bound()
         room = min(self._settings.max_tokens, limit // 4) if limit else 0
-        if limit is None or len(tokens) + room <= limit:
-            return first, text, tokens
+        fitting = prompt(first)
+        if limit is None or len(fitting[2]) + room <= limit:
+            return fitting
         # Leaving out turns moves all the others, so they are computed again: do it seldom, a quarter at a time.
         least, most = 1, (len(messages) - 1 - first) // 2
         while least < most:
             half = (least + most) // 2
-            if len(self._model.encode(self._render(messages[first + 2 * half :]))) + room > limit * 3 // 4:
+            if len(prompt(first + 2 * half)[2]) + room > limit * 3 // 4:
                 least = half + 1
             else:
                 most = half
-        first += 2 * most
-        text = self._render(messages[first:])
-        tokens = self._model.encode(text)
-        if len(tokens) + room > limit:
+        fitting = prompt(first + 2 * most)
+        if (size := len(fitting[2])) + room > limit:
             force = ", or start with --force" * (limit != self._model.context_length)
             raise ChatError(
-                f"The prompt is too long for {bound}: {len(tokens)} tokens, with {room} kept for the reply. Shorten"
-                f" it{' or lower max-tokens' if len(tokens) < limit else ''}{force}."
+                f"The prompt is too long for {bound}: {size} tokens, with {room} kept for the reply. Shorten it"
+                f"{' or lower max-tokens' if size < limit else ''}{force}."
             )
-        return first, text, tokens
+        return fitting
 
     def _shared_with_next_turn(self, messages: list[Message], tokens: list[int]) -> int:
         """Return the number of this prompt's tokens with which the next one starts, whatever is said until then.

@@ -2215,7 +2215,7 @@ def test_prose_wraps_at_words_and_what_is_to_be_copied_does_not() -> None:
 
 
 # Bold stands here between < and >, code between [ and ].
-MARKED = """\
+MARKDOWN = """\
 <# A heading>
 Some <**bold words**> and [`code ** here`], 2**3 is 8, <**<[`x`]<**>.
 [``a ` b``] and <**粗体**>在 and <**unclosed>
@@ -2230,13 +2230,13 @@ x = **y # no `style`
 
 def test_markdown_is_coloured_as_it_streams_and_its_marks_stay() -> None:
     codes = {llmchat.BOLD: "<", llmchat.CODE: "[", llmchat.PLAIN: ""}
-    text = re.sub(r"[<>\[\]]", "", MARKED)
+    text = re.sub(r"[<>\[\]]", "", MARKDOWN)
     for place in range(len(text)):
         wrap = llmchat.WordWrap(lambda: 80, styled=True)
         shown = wrap.feed(text[:place]) + wrap.feed(text[place:]) + wrap.flush()
         for code, mark in codes.items():
             shown = shown.replace(code, mark)
-    assert shown == re.sub(r"[>\]]", "", MARKED)
+    assert shown == re.sub(r"[>\]]", "", MARKDOWN)
 
 
 @pytest.mark.parametrize(("flag", "coloured"), [("--stats", True), ("--plain", False)])
