@@ -1590,7 +1590,7 @@ class Conversation:
         self._cleared: list[Message] = []
         # Replies as the model said them, marks and all, by answer and thought.
         self._said: dict[tuple[str, str | None], str] = {}
-        self.statistics: Statistics | None = None
+        self.statistics = Statistics(0, 0, None)
         self.seed(settings.seed)
 
     def measure(self, text: str) -> str:
@@ -1812,7 +1812,7 @@ class Conversation:
         }
 
     def _turn(self, before: list[Message], prompt: str) -> Generator[Piece, None, None]:
-        started, self.statistics = time.perf_counter(), None
+        started, self.statistics = time.perf_counter(), Statistics(0, 0, None)
         messages = [*before, {"role": "user", "content": prompt}]
         first = min(self._first, len(before)) if self._settings.history else len(before)
         fitting, text, tokens = self._fit(messages, first)
@@ -1849,7 +1849,6 @@ class Conversation:
     def _speak(self, live: Reply, started: float) -> Generator[Piece, None, None]:
         """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
         statistics, splitter = self.statistics, live.splitter
-        assert statistics
         keep = torn = False
         try:
             # A thought that is closed goes on with other responses.
@@ -2128,7 +2127,7 @@ class WordWrap:
     def __init__(self, columns: Callable[[], int], styled: bool = False) -> None:
         self._columns, self._styled = columns, styled
         # The line so far, the column after what was let through, and the blanks and the word since.
-        self._line, self._column, self._blanks, self._word = "", 0, "", ""
+        self._line, self._column, self._held = "", 0, ""
         # Where the text stands: between fences, in a heading, in bold; after the backquotes that begin code.
         self._fenced = self._heading = self._bold = False
         self._quotes = ""
@@ -2147,34 +2146,32 @@ class WordWrap:
         if char == "\n":
             rest = self._end_word()
             self._fenced ^= bool(self.FENCE.fullmatch(self._line))
-            self._line, self._column, self._blanks = "", 0, ""
+            self._line, self._column, self._held = "", 0, ""
             self._heading, self._bold, self._quotes = False, False, ""
             return rest + self._in_style(CODE * self._fenced) + char
         self._line += char
         code = self._fenced or self._line.lstrip().startswith(("```", "~~~"))
         if code or self._line.lstrip().startswith("|"):
-            return self._end_word() + self._in_style(CODE * code) + char
-        if char == " ":
-            rest = self._end_word()
-            self._blanks += char
-            return rest
+            rest, self._held = self._end_word() + self._held, ""
+            return rest + self._in_style(CODE * code) + char
         # Scripts without blanks may break at any wide character.
-        rest = self._end_word() if width(char) > 1 else ""
-        self._word += char
+        rest = self._end_word() if char == " " or width(char) > 1 else ""
+        self._held += char
         return rest
 
     def _end_word(self) -> str:
-        if not self._word:
+        word = self._held.lstrip(" ")
+        if not word:
             return ""
-        blanks, taken, columns = self._blanks, width(self._word), self._columns()
-        self._heading |= bool(not self._column and re.fullmatch("#{1,6}", self._word))
+        blanks, taken, columns = self._held[: -len(word)], width(word), self._columns()
+        self._heading |= bool(not self._column and re.fullmatch("#{1,6}", word))
         if self._column and self._column + len(blanks) + taken > columns >= taken:
             blanks, self._column = "\n", taken
         else:
             # A row that is full to the last column is not left before the next character.
             self._column = (self._column + len(blanks) + taken - 1) % columns + 1
-        word, self._word, self._blanks = blanks + self._marked(self._word), "", ""
-        return word
+        self._held = ""
+        return blanks + self._marked(word)
 
     def _marked(self, word: str) -> str:
         """Return a word with its style, in which a mark is like what it marks."""
@@ -2227,13 +2224,11 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Put text into the session."""
-        self._stdout.write(text)
-        self._stdout.flush()
+        print(text, end="", file=self._stdout, flush=True)
 
     def hint(self, text: str) -> None:
         """Put text beside the session, on standard error."""
-        self._stderr.write(text)
-        self._stderr.flush()
+        print(text, end="", file=self._stderr, flush=True)
 
     def note(self, text: str, colour: str = DIM) -> None:
         """Tell the user something that is not part of the session, dim on a terminal; what went wrong is `RED`."""
@@ -2477,7 +2472,7 @@ class Keyboard:
         return bool(wait and select.select([self._terminal], [], [], wait)[0])
 
     def _hand_on(self) -> None:
-        """Give the editor a share of the next keys."""
+        """Give the editor a share of the next keys, and time to end its line: further keys are for the next one."""
         with self._lock:
             self._sending, self.fed = self._sending or self._next_keys(), True
             share = self._sending[:1024]
@@ -2485,8 +2480,14 @@ class Keyboard:
                 return
             self._sending = self._sending[os.write(self._editor, share) :]
             self._ended = share.endswith((b"\r", b"\n")) and not self._sending
-        if self._ended:
-            self._await_end_of_line()
+        deadline = time.monotonic() + BURST_S
+        while self._ended and self._listens():
+            if time.monotonic() > deadline:
+                # Libedit looks at an Enter that ends a search only when another key comes.
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self._editor, REDRAW_KEY)
+                return
+            time.sleep(0.001)
 
     def holds_keys(self) -> bool:
         """Tell if keys wait for the editor, or if it was given a whole line that nobody has got yet."""
@@ -2503,17 +2504,6 @@ class Keyboard:
             return taken
         text = (paste[1] if paste else typed).decode(errors="replace")
         return self._as_keys(re.sub("\r\n?", "\n", text)) + b"\r" * (not paste and typed != taken)
-
-    def _await_end_of_line(self) -> None:
-        """Give the editor time to end its line: further keys are for the next one."""
-        deadline = time.monotonic() + BURST_S
-        while self._listens():
-            if time.monotonic() > deadline:
-                # Libedit looks at an Enter that ends a search only when another key comes.
-                with contextlib.suppress(BlockingIOError):
-                    os.write(self._editor, REDRAW_KEY)
-                return
-            time.sleep(0.001)
 
 
 def use_utf8() -> None:
@@ -2541,7 +2531,6 @@ class LineEditor:
         self._libedit = False
         # The marks that stand for texts in libedit's lines.
         self._marks: dict[str, str] = {}
-        self._history_failed = False
         # The lines so far of the prompt that is being read.
         self._lines: list[str] = []
 
@@ -2554,16 +2543,12 @@ class LineEditor:
         self._on_escape = on_escape
         # The editor looks at the locale when it is imported.
         use_utf8()
-        try:
-            # Once, before the import: the editor's own handler of SIGWINCH calls the one that it finds.
-            for number in (signal.SIGWINCH, signal.SIGCONT):
-                signal.signal(number, self._set_modes)
-            self._take_terminal()
+        # Once, before the import: the editor's own handler of SIGWINCH calls the one that it finds.
+        for number in (signal.SIGWINCH, signal.SIGCONT):
+            signal.signal(number, self._set_modes)
+        self._take_terminal()
+        with foreign("A chat on a terminal needs Python's readline: {}. Take another Python, or ask with -p."):
             import readline
-        except ImportError:
-            # Some Pythons are built without it; the terminal's own line editing has to do then.
-            self.close()
-            return
         self._readline = readline
         # Before Python 3.13 only the docstring says which of the two it is.
         self._libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
@@ -2716,7 +2701,7 @@ class LineEditor:
         """Add a prompt that somebody typed to the history, in the line editor and on disk."""
         new = self._screen.watched
         with self._warned_of_history():
-            new = new and self._history is not None and self._history.add(prompt)
+            new = new and (self._history is None or self._history.add(prompt))
         if new and self._readline:
             self._readline.add_history(self._held(prompt))
 
@@ -2725,9 +2710,8 @@ class LineEditor:
         try:
             yield
         except OSError as error:
-            if not self._history_failed:
-                self._screen.note(f"Prompts are not kept for another day: {one_line(error)}")
-            self._history_failed = True
+            self._screen.note(f"Prompts are not kept for another day: {one_line(error)}")
+            self._history = None
 
 
 # --------------------------------------------------------------------------------------- Program
@@ -2812,7 +2796,7 @@ class Signals:
                 raise KeyboardInterrupt
         else:
             self.status = 128 + signum
-            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(self.status)
+            raise KeyboardInterrupt
 
 
 class Command(NamedTuple):
@@ -2929,14 +2913,12 @@ class Chat:
             except EOFError:
                 break
             except KeyboardInterrupt:
-                if not self._editor.interactive:
-                    raise
-                empty = not self._editor.typed()
-                if empty and leaving:
+                self._signals.leave_if_due()
+                again, leaving = leaving, not self._editor.typed()
+                if again and leaving:
                     break
-                if empty:
+                if leaving:
                     self._screen.note("Press Ctrl+C again to leave, or type quit.")
-                leaving = empty
                 continue
             leaving = False
             if prompt.lower().removeprefix("/") in LEAVE_WORDS:
@@ -2964,14 +2946,14 @@ class Chat:
                 raise
             self._complain(error)
         except KeyboardInterrupt:
-            if not self._editor.interactive:
-                raise
+            self._signals.leave_if_due()
             self._screen.end_reply()
             self._screen.note("Stopped.")
         self._signals.tearing = self._signals.replying = False
         self._keep()
 
     def _complain(self, error: ChatError) -> None:
+        self._signals.tearing = self._signals.replying = False
         self._screen.end_reply()
         self._screen.note(str(error), RED)
         self.failed = True
@@ -2997,15 +2979,11 @@ class Chat:
     def say(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
         before, prompt = self._conversation.messages, "\n\n".join([*self._files, prompt])
-        # The prompt is written down before its reply comes: a crash loses only the reply.
-        self._keep({"role": "user", "content": prompt})
+        # The prompt of a chat is written down before its reply comes: a crash loses only the reply.
+        if self._settings.prompt is None:
+            self._keep({"role": "user", "content": prompt})
         try:
             self._show(self._conversation.reply(prompt))
-        except ChatError as error:
-            # One that a lost host left unanswered stays in the session.
-            if not (isinstance(error, EngineError) and self._conversation.hosts.size > 1):
-                self._keep()
-            raise
         finally:
             if self._conversation.messages is not before:
                 self._files, self.draft = [], ""
@@ -3020,9 +2998,6 @@ class Chat:
         if not reply["content"].strip():
             raise ChatError("The reply holds no answer: ask again, or in other words.")
         return int(self.failed)
-
-    def _messages(self) -> list[Message]:
-        return self._settings.with_system(self._conversation.messages)
 
     def _keep(self, *asked: Message) -> None:
         """Write the conversation down. That it can't be written is said once, and the chat goes on."""
@@ -3052,26 +3027,17 @@ class Chat:
                 self._screen.note(f"The state is not kept: {reason(error)}.")
 
     def _set_aside(self) -> None:
-        """Keep the conversation as it is on disk now: what follows is another one."""
-        session = self._session
-        if session is None or not session.messages:
-            return
-        if self._settings.session is None:
-            session.close()
-            self._session = None
-        elif self._kept:
+        """Keep the conversation as it is on disk now in a file of its own: what follows is another one."""
+        if self._session and self._session.messages and self._kept:
             aside = self._kept.begin(str(self._settings.model))
-            aside.save(session.messages)
+            aside.save(self._session.messages)
             aside.close()
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
         self._screen.hide_thoughts, self._screen.plain = self._settings.hide_thoughts, self._settings.plain
         doing = "reading the prompt"
-
-        def status() -> str:
-            return "stopping..." if self._signals.pressed else doing
-
-        self._screen.wait(status)
+        wait = functools.partial(self._screen.wait, lambda: "stopping..." if self._signals.pressed else doing)
+        wait()
         self._signals.tearing = True
         # To close a reply is to stop it.
         with contextlib.closing(pieces):
@@ -3081,30 +3047,31 @@ class Chat:
                     doing = f"reading the prompt: {piece.text}"
                 self._screen.show(piece)
                 if piece.kind == "notice":
-                    self._screen.wait(status)
+                    wait()
                 if self._signals.pressed:
                     break
         self._signals.replying = False
         self._screen.end_reply()
         self._end(self._conversation.statistics)
 
-    def _end(self, statistics: Statistics | None) -> None:
+    def _end(self, statistics: Statistics) -> None:
         """Say how a reply ended, where that is not plain to see."""
         reply: Message = self._conversation.messages[-1] if self._conversation.messages else {}
-        ended, said = (statistics.finish_reason, statistics.generation_tokens) if statistics else (None, 0)
-        thinks = "reasoning_content" in reply and not reply["content"]
-        goes_on = "/continue goes on" + ", /answer ends the thought" * thinks
-        if statistics and statistics.full:
+        ended, said = statistics.finish_reason, statistics.generation_tokens
+        goes_on = "/continue goes on"
+        if statistics.full:
             goes_on = "the context is full"
+        elif self._settings.prompt is not None:
+            goes_on = "--max-tokens allows more"
+        elif "reasoning_content" in reply and not reply["content"]:
+            goes_on = "/continue goes on, /answer ends the thought"
         if self._signals.pressed and ended != "stop":
             self._screen.note(f"Stopped; {goes_on}." if said else "Stopped.")
         elif ended == "length":
-            if self._settings.prompt is not None and statistics and not statistics.full:
-                goes_on = "--max-tokens allows more"
-            self._screen.note(f"Cut at {(statistics and statistics.answer_tokens) or said} tokens; {goes_on}.")
+            self._screen.note(f"Cut at {statistics.answer_tokens or said} tokens; {goes_on}.")
         elif ended == "stop" and not reply["content"].strip():
             self._screen.note("(an empty reply)")
-        if statistics and ended and self._settings.stats:
+        if ended and self._settings.stats:
             self._screen.note(statistics.line())
 
     @command()
@@ -3240,7 +3207,7 @@ class Chat:
         with foreign(f"{shortened(rest)} could not be written: {{}}. Name another file."):
             if path.exists():
                 raise ChatError(f"{path} is there already, and was not replaced: name another file.")
-            replace_file(path, written(self._messages())).close()
+            replace_file(path, written(self._settings.with_system(self._conversation.messages))).close()
         self._screen.note(f"{len(self._conversation.messages)} messages are in {path}.")
 
     def _list_settings(self, names: Sequence[str]) -> None:
@@ -3286,16 +3253,11 @@ def open_session(settings: Settings, kept: KeptChats, screen: Screen) -> tuple[S
     return session, messages, draft
 
 
-def missing_model() -> ChatError:
-    """Return the answer to a start without a model: the usage, and the models that are there already."""
-    lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
-    return ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
-
-
 def load(settings: Settings, screen: Screen, hosts: Hosts) -> Model:
     """Load the model that the settings name, and say so in a chat. Raises `ChatError`."""
     if settings.model is None:
-        raise missing_model()
+        lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
+        raise ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
     asked, settings.model = settings.model, full_name(settings.model)
     if settings.prompt is None:
         screen.write(f"Loading model {cleaned(settings.model)}...\n")
@@ -3340,7 +3302,7 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     advice = settings.recommend(model.recommended)
     conversation = Conversation(model, settings, messages)
     conversation.state = session.state if session and settings.keep_state and hosts.size == 1 else None
-    keeps = settings.keep and prompt is None and hosts.rank == 0
+    keeps = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
     chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals)
     for note in filter(None, (f"Recommended for this model: {advice}." * bool(advice), conversation.doubt())):
         screen.note(note)

@@ -1984,6 +1984,9 @@ def test_a_signal_leaves_the_terminal_as_it_was_found(phase, number, demo, termi
     assert "Traceback" not in screen.output
     assert on_screen(screen.output)[-1:] in ("", "\n")
     assert history.exists() == (phase in ("prefill", "decode"))
+    # What was said is kept.
+    said = [contents(kept)[1:] for kept in (home / ".llmchat").glob("*")]
+    assert said == {"prefill": [[]], "decode": [[Like("1, 2, 3, *")]]}.get(phase, [])
 
 
 @pytest.mark.parametrize("times", [15, pytest.param(200, marks=pytest.mark.stress)])
@@ -2199,6 +2202,7 @@ Words wrap, 日本語の文章 too 🎉🎉 and so do émigrés.
 
 - a list
 | a table | is as wide as it is, always |
+  | another | one, in a list of many words |
 ```
 code that is left alone
 ```
@@ -2340,15 +2344,15 @@ def test_every_conversation_is_kept_and_the_last_one_goes_on(demo, chat, home, t
     assert chat(demo, "-c").complaint == f"There is no conversation with {demo} in {folder} to go on with."
     chat(demo, stdin="Say hello.\n/clear\nMy name is Ada.\n")
     _, *files = sorted(folder.iterdir())
-    assert [contents(file)[0] for file in files] == ["Say hello.", "My name is Ada."]
+    assert [contents(file)[0] for file in files] == ["My name is Ada.", "Say hello."]
     assert (folder.stat().st_mode & 0o777, files[0].stat().st_mode & 0o777) == (0o700, 0o600)
     chat(thinker("channels"), stdin="Hello, how are you?\n")
     done = chat(demo, "--resume", stdin="What is my name?\n")
     assert transcript(SAMPLE[4]) in done.out
     assert done.err == Like("Going on with 1 turn of today, *:*.\n")
     assert "Loading model " + demo in chat("-c").out
-    files[1].write_text("torn")
-    assert Like(f"Passed over: {files[1]} is no session*") == chat(demo, "-c").err.splitlines()[0]
+    files[0].write_text("torn")
+    assert Like(f"Passed over: {files[0]} is no session*") == chat(demo, "-c").err.splitlines()[0]
     for _ in range(60):
         llmchat.KeptChats(folder).begin("m").close()
     assert len([*folder.iterdir()]) == 50
