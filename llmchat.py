@@ -122,7 +122,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def foreign(sentence: str, kind: type[ChatError] = ChatError) -> Iterator[None]:
+def foreign(sentence: str, kind: type[ChatError] = ChatError, status: int = 1) -> Iterator[None]:
     """Turn an error of foreign code into a `ChatError`: `sentence`, with the error's words in place of `{}`.
 
     A panic of a Rust library is no `Exception`; only what ends or stops the program passes.
@@ -132,7 +132,7 @@ def foreign(sentence: str, kind: type[ChatError] = ChatError) -> Iterator[None]:
     except (ChatError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise kind(sentence.replace("{}", one_line(error))) from error
+        raise kind(sentence.replace("{}", one_line(error)), status) from error
 
 
 # -------------------------------------------------------------------------------------- Settings
@@ -162,22 +162,18 @@ def number(convert: Callable[[str], Any], low: float, high: float = sys.float_in
     return parse
 
 
-def switch(text: str) -> bool:
-    """Parse a yes or no as a config file or `/set` says it."""
+def switch(text: str, others: str = "") -> bool:
+    """Parse a yes or no as a config file or `/set` says it; the error also names the `others` that may stand there."""
     if text.lower() in ("true", "yes", "on", "1"):
         return True
     if text.lower() in ("false", "no", "off", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"must be true or false, not '{shortened(text, 40)}'")
+    raise argparse.ArgumentTypeError(f"must be {others}true or false, not '{shortened(text, 40)}'")
 
 
 def effort(text: str) -> bool | str:
     """Parse a yes or no, or how much to think."""
-    if text.lower() in ("low", "medium", "high"):
-        return text.lower()
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        return switch(text)
-    raise argparse.ArgumentTypeError(f"must be low, medium, high, true or false, not '{shortened(text, 40)}'")
+    return text.lower() if text.lower() in ("low", "medium", "high") else switch(text, "low, medium, high, ")
 
 
 def shown_value(value: Any) -> str:
@@ -261,41 +257,37 @@ class Settings:
         self.sources[name] = source
         return name
 
-    def recommend(self, config: dict[str, Any]) -> str:
-        """Take a `generation_config.json` for all that the user gave no value for; return what is new, in words.
+    def recommend(self, file: Path) -> str:
+        """Take a `generation_config.json` for all that the user gave no value for; return a sentence on what is new.
 
-        Raises `ChatError` for a value that can't be taken.
+        Raises `ChatError` if it can't be read, or holds a value that can't be taken.
         """
-        advice = {name: config[name] for name in RECOMMENDABLE if config.get(name) is not None}
-        advice.update({"temperature": 0} if config.get("do_sample") is False else {})
-        free = advice.keys() - self.sources.keys()
-        new = {name: value for name, value in advice.items() if name in free and value != getattr(self, name)}
-        for name, value in new.items():
-            with foreign(f"{name} of generation_config.json {{}}: leave out --recommended."):
-                self.change(name, str(value), "generation_config.json")
-        return ", ".join(f"{name.replace('_', '-')} {shown_value(getattr(self, name))}" for name in new)
+        with foreign(f"{file} can't be read: {{}}. Leave out --recommended."):
+            config = json.loads(file.read_bytes())
+            advice = {name: config.get(name) for name in RECOMMENDABLE}
+            advice.update({"temperature": 0} if config.get("do_sample") is False else {})
+        new = [name for name in advice if name not in self.sources and advice[name] not in (None, getattr(self, name))]
+        for name in new:
+            with foreign(f"{name} of {file.name} {{}}: leave out --recommended."):
+                self.change(name, str(advice[name]), file.name)
+        words = ", ".join(f"{name.replace('_', '-')} {shown_value(getattr(self, name))}" for name in new)
+        return f"Recommended for this model: {words}." * bool(new)
 
     def read(self, path: Path) -> None:
         """Take in a file of `key = value` lines, if it is there.
 
         A `#` first in a line, or between blanks, starts a comment. Raises `ChatError` naming file and line.
         """
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except FileNotFoundError:
-            return
-        except (OSError, UnicodeDecodeError) as error:
-            raise ChatError(f"{path} could not be read: {one_line(error)}. Mend or remove it.", 2) from error
+        with foreign(f"{path} could not be read: {{}}. Mend or remove it.", status=2):
+            lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
         for count, line in enumerate(lines, 1):
             text = re.sub(r"^\s*#.*|\s#(\s.*)?$", "", line).strip()
             key, equals, value = (part.strip() for part in text.partition("="))
-            try:
+            with foreign(f"{path}:{count}: {key} {{}}", status=2):
                 if text and not equals:
                     raise argparse.ArgumentTypeError("is not of the form 'key = value'")
                 if text:
                     self.change(key, re.sub(r"""^(["'])(.*)\1$""", r"\2", value), str(path))
-            except argparse.ArgumentTypeError as error:
-                raise ChatError(f"{path}:{count}: {key} {error}", 2) from error
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages after the system prompt, if there is one."""
@@ -324,17 +316,14 @@ def argument_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for key, (name, negated) in KEYS.items():
-        about = OPTIONS[name]
-        if negated and about.parse is effort:
-            parser.add_argument(f"--{key}", dest=name, action="store_false", help="have it not think")
-            continue
-        flags = [*about.flags, key if name == "model" else f"--{key}"]
-        if about.parse is not switch and not negated:
-            how: dict[str, Any] = {"nargs": "?"} if name == "model" else {"action": "append"} if name == "file" else {}
-            parser.add_argument(*flags, type=about.parse, metavar=about.metavar, help=about.help, **how)
-        elif not negated:
+    for name, about in OPTIONS.items():
+        flags = [*about.flags, name if name == "model" else f"--{name.replace('_', '-')}"]
+        if about.parse is switch:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, help=about.help)
+            continue
+        how: dict[str, Any] = {"nargs": "?"} if name == "model" else {"action": "append"} if name == "file" else {}
+        parser.add_argument(*flags, type=about.parse, metavar=about.metavar, help=about.help, **how)
+    parser.add_argument("--no-think", dest="think", action="store_false", help="have it not think")
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
     return parser
 
@@ -610,8 +599,8 @@ class Model:
     tokenizer: Any
     context_length: int | None
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
-    # The author's `generation_config.json`, if it was asked for.
-    recommended: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # What was taken of the author's recommendations, in a sentence.
+    recommended: str = ""
     # All that a state which was computed with this model depends on.
     fingerprint: str = ""
     # What the state of a conversation may take of the memory, on each host; None is no bound.
@@ -688,17 +677,6 @@ def first_size(config: dict[str, Any], keys: Sequence[str]) -> int | None:
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
-def usable_memory() -> tuple[int, int]:
-    """Return this machine's memory, and how much a model can have of it: on a Mac what Metal recommends; in bytes."""
-    import mlx.core as mx
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not mx.metal.is_available():
-        return memory, memory
-    device = (getattr(mx, "device_info", None) or mx.metal.device_info)()
-    return memory, int(device.get("max_recommended_working_set_size") or memory)
-
-
 def sizes_in(folder: Path) -> int:
     """Return the bytes of all files in a folder, also of those that are still coming."""
     with contextlib.suppress(OSError):
@@ -752,17 +730,10 @@ class Loader:
         if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
             advice = f"name its instruct-tuned sibling, or try {EXAMPLE_MODEL}."
             raise ChatError(f"{self._name} has no chat template, so it can't hold a conversation: {advice}")
-        room = None if self._settings.force else self._hosts.share(self._room())
-        length, recommended, fingerprint = first_size(config, CONTEXT_KEYS), self._recommended(), self._fingerprint()
-        return Model(self._name, net, tokenizer, length, self._hosts, recommended, fingerprint, room)
-
-    def _room(self) -> int:
-        """Return the bytes that the weights leave to a conversation, at least a little.
-
-        A sixteenth is for what a step of a prompt's reading takes, and for what MLX keeps at hand.
-        """
-        usable = usable_memory()[1]
-        return max(usable - usable // 16 - self._total // self._hosts.size, usable // 16)
+        room = None if self._settings.force else self._hosts.share(self._room)
+        advice = self._settings.recommend(self._folder / "generation_config.json") if self._settings.recommended else ""
+        length, fingerprint = first_size(config, CONTEXT_KEYS), self._fingerprint()
+        return Model(self._name, net, tokenizer, length, self._hosts, advice, fingerprint, room)
 
     def _fingerprint(self) -> str:
         """Return the names, sizes and times of all files that shape the network, and mlx-lm's version."""
@@ -773,12 +744,6 @@ class Loader:
         files += [*Path(self._settings.adapter).glob("adapter*")] if self._settings.adapter else []
         stats = [(str(file.absolute()), file.stat()) for file in sorted(files) if file.exists()]
         return repr([mlx_lm.__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
-
-    def _recommended(self) -> dict[str, Any]:
-        file = self._folder / "generation_config.json"
-        with foreign(f"{file.name} of {self._name} can't be read: {{}}. Leave out --recommended."):
-            config = json.loads(file.read_bytes()) if self._settings.recommended else {}
-        return config if isinstance(config, dict) else {}
 
     def _broken(self, what: str) -> str:
         repository = self._folder.parent.parent
@@ -835,7 +800,7 @@ class Loader:
             self._check_names(names)
             config = self._check_config(names)
             self._total = sum(file.stat().st_size for file in weights)
-            self._check_memory(self._total)
+            self._room = self._check_memory(self._total)
         tensors = 0
         for file in weights:
             # MLX before 0.30 loads a cut file without a word.
@@ -897,15 +862,26 @@ class Loader:
         ):
             look_up(config)
 
-    def _check_memory(self, weight_bytes: int) -> None:
-        memory, usable = (size / GIB for size in usable_memory())
-        share = weight_bytes / self._hosts.size / GIB
+    def _check_memory(self, weight_bytes: int) -> int:
+        """Return the bytes that so many of weights leave to a conversation on each host, at least a little.
+
+        A sixteenth is for what a step of a prompt's reading takes, and for what MLX keeps at hand.
+        """
+        import mlx.core as mx
+
+        usable = memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if mx.metal.is_available():
+            # What Metal recommends at most.
+            device = (getattr(mx, "device_info", None) or mx.metal.device_info)()
+            usable = int(device.get("max_recommended_working_set_size") or memory)
+        share = weight_bytes // self._hosts.size
         if share > usable and not self._settings.force:
             raise ChatError(
-                f"{self._name} is too large: {share:.1f} GiB of weights, where this machine has {memory:.1f} GiB of"
-                f" memory, {usable:.1f} GiB of it usable for a model. Name a smaller or more quantized one, or try it"
-                " all the same with --force."
+                f"{self._name} is too large: {share / GIB:.1f} GiB of weights, where this machine has"
+                f" {memory / GIB:.1f} GiB of memory, {usable / GIB:.1f} GiB of it usable for a model. Name a smaller or"
+                " more quantized one, or try it all the same with --force."
             )
+        return max(usable - usable // 16 - share, usable // 16)
 
     def _check_disk(self, missing_bytes: int) -> None:
         free = shutil.disk_usage(self._folder).free
@@ -930,19 +906,16 @@ class Loader:
         """Return the network, or this host's share of it, and the tokenizer."""
         import mlx_lm.utils
 
-        alone = self._hosts.size == 1
-        load: Any = mlx_lm.load if alone else getattr(mlx_lm.utils, "sharded_load", None)
+        load: Any = mlx_lm.load if self._hosts.size == 1 else getattr(mlx_lm.utils, "sharded_load", None)
         known = inspect.signature(load).parameters if load else {}
         if "tokenizer_config" not in known:
             # By itself an older `sharded_load` runs the code of any repository.
             raise ChatError(f"mlx-lm {mlx_lm.__version__} can't share a model among hosts safely: update it.")
         trust = {"trust_remote_code": self._settings.trust_remote_code}
-        options: dict[str, Any] = {"tokenizer_config": trust}
-        # Older versions know but one of the two ways to allow a repository's code.
-        options.update(trust if "trust_remote_code" in known else {})
-        options.update({"adapter_path": self._settings.adapter} if alone else {})
+        # Older versions know but one of the two ways to allow a repository's code, and only `load` an adapter.
+        options = {"tokenizer_config": trust, "adapter_path": self._settings.adapter, **trust}
         try:
-            loaded = load(str(self._folder), **options)
+            loaded = load(str(self._folder), **{name: options[name] for name in options.keys() & known.keys()})
         except Exception as error:
             words, adapter = one_line(error), self._settings.adapter
             if self._hosts.size > 1 and "trust_remote_code" not in str(error):
@@ -1005,8 +978,8 @@ class PromptCache:
 
     @staticmethod
     def _needs_copy(leaf: Any) -> bool:
-        # A sliding window (it has a max_size) says that it can be trimmed, until it wraps.
-        return hasattr(leaf, "max_size") or not leaf.is_trimmable()
+        # A sliding window (max_size) says that it can be trimmed until it wraps, a chunk (chunk_size) says so always.
+        return hasattr(leaf, "max_size") or hasattr(leaf, "chunk_size") or not leaf.is_trimmable()
 
     def _take_snapshot(self) -> None:
         # Deep, because a wrapped sliding window writes into its arrays in place. Copying an MLX array
@@ -1014,19 +987,15 @@ class PromptCache:
         copies = [copy.deepcopy(vars(leaf)) if self._needs_copy(leaf) else None for leaf in self._leaves()]
         self._snapshots = [*self._snapshots[-1:], (len(self.tokens), copies)]
 
-    def _trim(self, surplus: int) -> bool:
-        # A chunked cache that has dropped its front can't tell which of it an earlier token would need.
-        whole = not any(getattr(leaf, "start_position", 0) for leaf in self._leaves())
-        return whole and {leaf.trim(surplus) for leaf in self._leaves()} == {surplus}
-
-    def _restore_snapshot(self, length: int, copies: list[Any]) -> bool:
+    def _go_back(self, length: int, copies: Iterable[Any]) -> None:
         surplus = len(self.tokens) - length
         for leaf, saved in zip(self._leaves(), copies):
             if saved is not None:
                 vars(leaf).update(copy.deepcopy(saved))
             elif leaf.trim(surplus) != surplus:
-                return False
-        return True
+                self.clear()
+                return
+        self.tokens = self.tokens[:length]
 
     def rewind(self, prompt: Sequence[int]) -> int:
         """Go to the longest prefix of `prompt` that can be reached and leaves at least one token to compute.
@@ -1034,17 +1003,15 @@ class PromptCache:
         Returns its length: the tokens that will not be put through the model again.
         """
         shared = common_prefix(self.tokens, prompt[:-1])
-        surplus, reached = len(self.tokens) - shared, True
-        with self._dropped_on_error():
-            if surplus and self.can_trim:
-                reached = self._trim(surplus)
-            elif surplus:
-                self._snapshots = [kept for kept in self._snapshots if kept[0] <= shared]
-                shared = self._snapshots[-1][0] if self._snapshots else 0
-                reached = bool(self._snapshots) and self._restore_snapshot(*self._snapshots[-1])
-            self.tokens = self.tokens[:shared]
-            if not reached:
-                self.clear()
+        if shared < len(self.tokens):
+            self._snapshots = [kept for kept in self._snapshots if kept[0] <= shared]
+            with self._dropped_on_error():
+                if self.can_trim:
+                    self._go_back(shared, itertools.repeat(None))
+                elif self._snapshots:
+                    self._go_back(*self._snapshots[-1])
+                else:
+                    self.clear()
         return len(self.tokens)
 
     @contextlib.contextmanager
@@ -1101,16 +1068,13 @@ class PromptCache:
             values: Any = tree_flatten(vars(leaf))
             arrays = [value for _, value in values if isinstance(value, mx.array) and value.ndim > 1]
             most = getattr(leaf, "max_size", None) or getattr(leaf, "chunk_size", None)
-            if not most and self._needs_copy(leaf):
-                fixed += 3 * sum(array.nbytes for array in arrays)
-                continue
+            # A window has room for a step of a prompt's reading beside what it keeps.
+            rows = most and most + PREFILL_STEP_TOKENS
             # An array is laid out for more tokens than it holds.
-            token_bytes = sum(array.nbytes // array.shape[-2] for array in arrays)
-            if most:
-                # A window has room for a step of a prompt's reading beside what it keeps.
-                fixed += 3 * token_bytes * (most + PREFILL_STEP_TOKENS)
+            if self._needs_copy(leaf):
+                fixed += 3 * sum(array.nbytes // array.shape[-2] * (rows or array.shape[-2]) for array in arrays)
             else:
-                growing += token_bytes
+                growing += sum(array.nbytes // array.shape[-2] for array in arrays)
         self.clear()
         return max(memory_bytes - fixed, memory_bytes // 2) // growing if growing else None
 
@@ -1160,7 +1124,8 @@ class PromptCache:
         from mlx_lm.models import cache
 
         engine: Any = cache
-        try:
+        # Whatever is wrong with the file, or with what this mlx-lm makes of it, all can be computed anew.
+        with contextlib.suppress(EngineError), self._dropped_on_error():
             # MLX reads the arrays only when they are used.
             layers, about = engine.load_prompt_cache(str(file), return_metadata=True)
             tokens = json.loads(about["tokens"])
@@ -1176,11 +1141,6 @@ class PromptCache:
                 self.clear()
             elif not self.can_trim:
                 self._take_snapshot()
-        except BaseException as error:
-            # Whatever is wrong with the file, or with what this mlx-lm makes of it, all can be computed anew.
-            self.clear()
-            if not isinstance(error, Exception):
-                raise
 
     def stream(self, tokenizer: Any, prompt: list[int], **options: Any) -> Generator[Any, None, None]:
         """Yield mlx-lm's responses to `prompt` after its prefill, one a token, without end but the model's own.
@@ -3299,12 +3259,11 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
         screen.note(f"The last prompt of {settings.session or 'the chat'} got no reply, and is left out: {draft}")
     model = load(settings, screen, hosts)
     signals.leave_if_due()
-    advice = settings.recommend(model.recommended)
     conversation = Conversation(model, settings, messages)
     conversation.state = session.state if session and settings.keep_state and hosts.size == 1 else None
     keeps = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
     chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals)
-    for note in filter(None, (f"Recommended for this model: {advice}." * bool(advice), conversation.doubt())):
+    for note in filter(None, (model.recommended, conversation.doubt())):
         screen.note(note)
     # The same command on the same session asks about a document that the conversation has already.
     chat.add_files(settings.file, once=settings.history)

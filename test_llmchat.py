@@ -1221,6 +1221,35 @@ def small(model):
     return Talk(dataclasses.replace(model, memory_bytes=memory_bytes), max_tokens=32)
 
 
+CHUNKED = {
+    **{"model_type": "llama4_text", "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 4, "vocab_size": 300},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "intermediate_size_mlp": 64},
+    **{"max_position_embeddings": 4096, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "attention_chunk_size": 64},
+    **{"num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "hidden_act": "silu"},
+    **{"attention_bias": False, "use_qk_norm": False, "rope_scaling": None},
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="the oldest mlx-lm fails on chunked attention by itself")
+def test_a_turn_costs_its_new_tokens_where_attention_is_chunked() -> None:
+    family = Family(CHATML, model_type="llama4", config={"text_config": CHUNKED})
+    network, tokenizer = Counting(make_network(family, 300, 64)[0]), make_tokenizer(["words"], family)
+
+    def say(cache, prompt: list[int]) -> list[int]:
+        cache.rewind(prompt)
+        list(cache.prefill(prompt, len(prompt) - 3))
+        return [response.token for response in itertools.islice(cache.stream(tokenizer, prompt), 20)]
+
+    cache, prompt = llmchat.PromptCache(network), [*range(40)]
+    for turn in range(12):
+        before = network.tokens
+        said = say(cache, prompt)
+        # A turn of these is 20 tokens, after a prompt whose last 3 stand in no later one.
+        assert network.tokens - before <= 40 + 20 + 1
+        assert said == say(llmchat.PromptCache(network), prompt)
+        prompt = [*prompt[:-3], *range(turn, turn + 23)]
+
+
 def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> None:
     cache = llmchat.PromptCache(talk.net)
     more = cache.tokens_in(2 << 30) - cache.tokens_in(1 << 30)
