@@ -408,11 +408,11 @@ def join_hosts() -> Hosts:
     # The second is set by mpirun, which mlx.launch may start them with.
     if not {"MLX_RANK", "OMPI_COMM_WORLD_RANK"} & {*os.environ}:
         return Hosts()
-    import mlx.core as mx
-
     # While one host waits for another it looks at no signals: they end it as they end any program.
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    import mlx.core as mx
+
     launcher = os.getppid()
 
     def watch() -> None:
@@ -2218,7 +2218,9 @@ class Screen:
         if self._ticks:
             over, thread = self._ticks
             over.set()
-            thread.join()
+            # A signal may have come before it was started.
+            if thread.is_alive():
+                thread.join()
             self._ticks = None
             self._show_status("")
 
@@ -2313,7 +2315,7 @@ class Keyboard:
     """Stands between the terminal and the line editor, so that every key passes one place.
 
     The editor reads from a pseudo-terminal, which it is given in place of standard input. Until it reads, keys wait
-    here: nothing typed ahead is lost or shown, and Esc can stop a reply. From `__init__` to `close` the terminal
+    here: nothing typed ahead is lost or shown, and Esc can stop a reply. From `open` to `close` the terminal
     itself shows nothing, cuts no long line (macOS does at 1024 bytes, Linux at 4096) and drops nothing at Ctrl+C.
     """
 
@@ -2321,15 +2323,13 @@ class Keyboard:
     LONGEST_TYPED = 500
 
     def __init__(self, stdin: TextIO, as_keys: Callable[[str], bytes], on_escape: Callable[[], None]) -> None:
-        """Take the terminal over. `as_keys` returns the keys that put a pasted text into the line."""
+        """`as_keys` returns the keys that put a pasted text into the line."""
         self._stdin, self._as_keys, self._on_escape = stdin.fileno(), as_keys, on_escape
         self._terminal = os.dup(self._stdin)
         # The modes in which the terminal was found, as `tcgetattr` gives them.
         self._found: list[Any] = termios.tcgetattr(self._terminal)
-        self._editor, end = os.openpty()
-        termios.tcsetattr(end, termios.TCSANOW, self._found)
-        os.dup2(end, self._stdin)
-        os.close(end)
+        self._editor, self._end = os.openpty()
+        termios.tcsetattr(self._end, termios.TCSANOW, self._found)
         os.set_blocking(self._editor, False)
         # Keys that the editor was not given yet, as they came; what it is being given; and an Esc without its key.
         self._waiting, self._sending, self._escape = b"", b"", b""
@@ -2337,8 +2337,12 @@ class Keyboard:
         self._feeding = self.fed = self._ended = False
         self._lock = threading.Lock()
         self._woken, self._wake = os.pipe()
-        self.set_modes()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def open(self) -> None:
+        """Take the terminal over; `close` gives it back, also if a signal breaks this off."""
+        os.dup2(self._end, self._stdin)
+        self.set_modes()
         # Signals are for the main thread: only there they end a wait for keys.
         found = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._thread.start()
@@ -2347,12 +2351,13 @@ class Keyboard:
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way."""
         os.close(self._wake)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         os.dup2(self._terminal, self._stdin)
         with contextlib.suppress(termios.error):
             termios.tcsetattr(self._terminal, termios.TCSANOW, self._found)
-        for end in (self._terminal, self._editor, self._woken):
-            os.close(end)
+        for descriptor in (self._terminal, self._editor, self._end, self._woken):
+            os.close(descriptor)
 
     def set_modes(self, signum: int = 0) -> None:
         """Set the terminal's modes; also after Ctrl+Z, and when the size of the window changes."""
@@ -2543,6 +2548,7 @@ class LineEditor:
 
     def _take_terminal(self) -> None:
         self._keyboard = Keyboard(self._stdin, self._as_keys, self._on_escape)
+        self._keyboard.open()
         if not self._screen.dumb:
             self._screen.write(MARK_PASTES)
 
@@ -2700,6 +2706,8 @@ class Signals:
         self.status = 0
         # Somebody chats; the next press tears what goes on now from its work, or the second does; there was a press.
         self.chatting = self.tearing = self.replying = self.pressed = False
+        # What ends the program does so at the next `leave_if_due`.
+        self.held = False
 
     def __enter__(self) -> Signals:
         self._found = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
@@ -2756,7 +2764,8 @@ class Signals:
                 raise KeyboardInterrupt
         else:
             self.status = 128 + signum
-            raise KeyboardInterrupt
+            if not self.held:
+                raise KeyboardInterrupt
 
 
 class Command(NamedTuple):
@@ -2901,6 +2910,7 @@ class Chat:
         try:
             self._obey(prompt)
         except ChatError as error:
+            self._signals.leave_if_due()
             # An error is said, and the chat goes on, but where other hosts don't know of it.
             if isinstance(error, EngineError) and self._conversation.hosts.size > 1:
                 raise
@@ -3213,7 +3223,7 @@ def open_session(settings: Settings, kept: KeptChats, screen: Screen) -> tuple[S
     return session, messages, draft
 
 
-def load(settings: Settings, screen: Screen, hosts: Hosts) -> Model:
+def load(settings: Settings, screen: Screen, hosts: Hosts, signals: Signals) -> Model:
     """Load the model that the settings name, and say so in a chat. Raises `ChatError`."""
     if settings.model is None:
         lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
@@ -3225,7 +3235,14 @@ def load(settings: Settings, screen: Screen, hosts: Hosts) -> Model:
         screen.note(f"{asked} is {settings.model} here.")
     loader = Loader(settings, hosts)
     screen.wait(loader.progress)
+    # MLX aborts the process, and leaves the terminal as it is, if a signal raises while it is imported.
+    signals.held = True
+    with foreign(IMPORT_FAILURE):
+        import mlx.core  # noqa: F401
+    signals.held = False
+    signals.leave_if_due()
     model = loader.load()
+    signals.leave_if_due()
     screen.end_wait()
     if settings.prompt is None:
         screen.write("Model loaded successfully!\n")
@@ -3257,8 +3274,7 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     settings.model, settings.system, messages = hosts.share([settings.model, settings.system, messages])
     if draft and not talks:
         screen.note(f"The last prompt of {settings.session or 'the chat'} got no reply, and is left out: {draft}")
-    model = load(settings, screen, hosts)
-    signals.leave_if_due()
+    model = load(settings, screen, hosts, signals)
     conversation = Conversation(model, settings, messages)
     conversation.state = session.state if session and settings.keep_state and hosts.size == 1 else None
     keeps = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
@@ -3304,9 +3320,8 @@ def open_stage(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
     try:
         yield screen, editor
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.closing(editor), contextlib.suppress(OSError):
             screen.end_reply()
-        editor.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2006,16 +2006,14 @@ def test_a_signal_leaves_the_terminal_as_it_was_found(phase, number, demo, termi
     if phase == "prefill":
         # Sent is sent: the prompt is in the history before its reply begins.
         wait_until(history.exists)
-    # Python hears of a signal that comes just before readline waits with the next key only.
-    screen.send("")
     os.kill(screen.pid, number)
     assert screen.leave() == 128 + number
     assert "Traceback" not in screen.output
     assert on_screen(screen.output)[-1:] in ("", "\n")
     assert history.exists() == (phase in ("prefill", "decode"))
-    # What was said is kept.
-    said = [contents(kept)[1:] for kept in (home / ".llmchat").glob("*")]
-    assert said == {"prefill": [[]], "decode": [[Like("1, 2, 3, *")]]}.get(phase, [])
+    if phase == "decode":
+        (kept,) = (home / ".llmchat").iterdir()
+        assert contents(kept)[0] == "Count."
 
 
 @pytest.mark.parametrize("times", [15, pytest.param(200, marks=pytest.mark.stress)])
