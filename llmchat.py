@@ -1175,18 +1175,16 @@ class Piece(NamedTuple):
 START, BETWEEN, HIDDEN = "start", "between", "hidden"
 
 # Contents in blocks of types that templates read (Ministral's, Apertus').
-BLOCKS = ("thinking blocks", "thoughts blocks")
+BLOCKS = {"thinking blocks": ("thinking", "thinking", "text"), "thoughts blocks": ("thoughts", "text", "response")}
 
 
 def in_place(place: str, thought: str, answer: str) -> dict[str, Any]:
     """Return a reply as a message for a template that takes a thought in a place: a field, or blocks of the content."""
     if place not in BLOCKS:
-        return {"content": answer, **({place: thought} if thought else {})}
-    if place == "thinking blocks":
-        blocks = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": answer}]
-        return {"content": blocks[not thought :]}
-    blocks = [{"type": "thoughts", "text": thought}, {"type": "response", "text": answer}]
-    return {"content": {"blocks": blocks[not thought :]}}
+        return {"content": answer, **({place: thought} if thought and place not in ("", "content") else {})}
+    kind, field, other = BLOCKS[place]
+    blocks = [{"type": kind, field: thought}, {"type": other, "text": answer}][not thought :]
+    return {"content": {"blocks": blocks} if kind == "thoughts" else blocks}
 
 
 class ThoughtFormat(NamedTuple):
@@ -1217,22 +1215,15 @@ class ThoughtFormat(NamedTuple):
         }
         return {kind: {m.strip(): then for m, then in marks.items() if m.strip()} for kind, marks in kinds.items()}
 
-    def begun(self, header: str) -> str:
-        """Return the part of a reply that a prompt says already: its `header` is all after the user's words."""
-        places = [header.rfind(mark.strip()) for mark in (self.start, self.end) if mark.strip()]
-        return next((header[place:] for place in places if place >= 0), "")
-
     def as_template_takes(self, message: Message, said: str) -> dict[str, Any]:
         """Return a message in the form in which the template takes it; `said` is the reply in the model's own words."""
         answer, thought = message["content"], message.get("reasoning_content", "")
-        if message["role"] != "assistant":
-            return {"role": message["role"], "content": answer}
-        if self.place == "content" and thought:
+        place = self.place if message["role"] == "assistant" else ""
+        if place == "content" and thought:
             answer = said or self.start + thought + self.closing + answer
             # A thought that was stopped is closed, or the template would take it for an answer.
             answer += self.end * (self.end.strip() not in answer)
-        kept = "" if self.place in ("", "content") else thought
-        return {"role": "assistant", **in_place(self.place, kept, answer)}
+        return {"role": message["role"], **in_place(place, thought, answer)}
 
     def said(self, message: Message, begun: str) -> str:
         """Return a reply as the model said it, after what the prompt had `begun` of it."""
@@ -1246,8 +1237,7 @@ class ThoughtFormat(NamedTuple):
         for format in (self, self._replace(start="<think>", end="</think>")):
             if message["role"] == "assistant" and "reasoning_content" not in message:
                 splitter = ThoughtSplitter(format)
-                list(splitter.feed(message["content"]))
-                list(splitter.finish())
+                list(itertools.chain(splitter.feed(message["content"]), splitter.finish()))
                 message = {**message, **splitter.said()}
         return message
 
@@ -1294,17 +1284,14 @@ class ThoughtFinder:
         with foreign(f"The tokenizer of {model.name} fails: {{}}. Name another model."):
             self._vocabulary = " ".join([*tokenizer.get_added_vocab(), *self._pair])
             self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
-        self._switches: list[dict[str, bool]] = [{}]
-        self._prompts: list[str] = []
+        switches = [{name: on} for name in SWITCHES if name in model.variables for on in (True, False)]
+        self._switches: list[dict[str, bool]] = [{}, *switches]
+        self._prompts = [*filter(None, (self._probe("", "", "", **switch) for switch in self._switches))]
 
     def find(self) -> ThoughtFormat:
         """Return the format; it is empty for a model that doesn't think."""
         if not OF_THOUGHTS.search(self._template + self._vocabulary):
             return ThoughtFormat()
-        self._switches += [{name: on} for name in SWITCHES if name in self._model.variables for on in (True, False)]
-        for switches in self._switches:
-            with contextlib.suppress(ChatError):
-                self._prompts.append(self._model.render(self._before({"content": EARLIER}), **switches))
         before, _, after = self._probe("", "", ANSWER).partition(ANSWER)
         tails = [after.partition(end)[0] for end in self._ends if end in after]
         found = self._by_message() or self._by_content() or self._by_name()
@@ -1313,18 +1300,14 @@ class ThoughtFinder:
             lead = ""
         return found._replace(lead=found.lead or lead, tail=found.tail or min(tails, key=len, default=""))
 
-    @staticmethod
-    def _before(earlier: dict[str, Any]) -> list[dict[str, Any]]:
-        # Some templates treat the first reply unlike later ones.
-        user = {"role": "user", "content": EARLIER}
-        return [user, {"role": "assistant", **earlier}, {**user, "content": ASKED}]
-
     def _probe(self, place: str, thought: str, answer: str, *after: dict[str, Any], **switches: Any) -> str:
-        """Render a conversation with this reply; a template that can't has nothing to tell."""
-        reply = {"role": "assistant", **in_place(place, thought, answer)}
+        """Render a conversation with this reply, or its prompt alone; a template that can't has nothing to tell."""
+        # Some templates treat the first reply unlike later ones.
+        replies = [{"role": "assistant", **in_place(place, *said)} for said in (("", EARLIER), (thought, answer))]
+        asked = [{"role": "user", "content": content} for content in (EARLIER, ASKED)]
+        messages = [asked[0], replies[0], asked[1], *([replies[1], *after] if answer else [])]
         with contextlib.suppress(ChatError):
-            messages = [*self._before(in_place(place, "", EARLIER)), reply, *after]
-            return self._model.render(messages, prompted=False, **switches)
+            return self._model.render(messages, prompted=not answer, **switches)
         return ""
 
     def _header(self, text: str) -> int:
@@ -1411,8 +1394,8 @@ class ThoughtSplitter:
         self._marks = format.marks()
         self._thinks = bool(format.end)
         self._unmarked = "thought" if self._thinks and not format.start else "answer"
-        # The kind of text that comes next, and all that came of the kinds that are shown.
-        self.kind = START
+        # All of the text, marks and all; the kind of text that comes next, and what came of the kinds that are shown.
+        self.text, self.kind = "", START
         self._texts = {"thought": "", "answer": ""}
         self._held = ""
         list(self.feed(begun))
@@ -1420,7 +1403,7 @@ class ThoughtSplitter:
 
     def feed(self, text: str) -> Iterator[Piece]:
         """Yield what is certain of all the text so far."""
-        self._held += text
+        self.text, self._held = self.text + text, self._held + text
         while True:
             kind, marks = self.kind, self._marks.get(self.kind, {})
             place, mark = min(((self._held.find(mark), mark) for mark in marks if mark in self._held), default=(0, ""))
@@ -1431,7 +1414,9 @@ class ThoughtSplitter:
             if self.kind == kind:
                 self._held = self._held[len(mark) :]
                 self.kind = marks[mark]
-        yield from self._take(len(self._held) - self._partial_mark_length())
+        # The end may be the beginning of a mark.
+        partial = max((n for mark in marks for n in range(1, len(mark)) if self._held.endswith(mark[:n])), default=0)
+        yield from self._take(len(self._held) - partial)
 
     def finish(self) -> Iterator[Piece]:
         """Yield what was held back, at the end of a reply; the beginning of a special token is no text."""
@@ -1443,12 +1428,6 @@ class ThoughtSplitter:
         # Blanks before a mark belong to it.
         content = {"content": answer.rstrip() if self.kind == HIDDEN else answer}
         return {**content, "reasoning_content": thought} if thought else content
-
-    def _partial_mark_length(self) -> int:
-        # How much of the end may be the beginning of a mark.
-        marks = self._marks.get(self.kind, {})
-        longest = min(max(map(len, marks), default=1) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if any(m.startswith(self._held[-n:]) for m in marks)), 0)
 
     def _take(self, length: int) -> Iterator[Piece]:
         text, self._held = self._held[:length], self._held[length:]
@@ -1518,8 +1497,8 @@ class Reply:
     first: int
     responses: Generator[Any, None, None]
     splitter: ThoughtSplitter
-    # All of it as the model said it, after what the prompt had said already.
-    said: str
+    # What the responses go on from; the engine has its last token only with the first of them.
+    prompt: list[int]
 
 
 class Conversation:
@@ -1548,8 +1527,8 @@ class Conversation:
         self.state: Path | None = None
         # The messages before the last `clear`.
         self._cleared: list[Message] = []
-        # Replies as the model said them, marks and all, by answer and thought.
-        self._said: dict[tuple[str, str | None], str] = {}
+        # Replies as the model said them, marks and all, by their messages.
+        self._said: dict[str, str] = {}
         self.statistics = Statistics(0, 0, None)
         self.seed(settings.seed)
 
@@ -1573,20 +1552,23 @@ class Conversation:
         seed = self.hosts.share(time.time_ns() if seed is None else seed)
         mx.random.seed(seed)
 
-    def reply(self, prompt: str) -> Generator[Piece, None, None]:
-        """Yield the reply to `prompt`.
+    def reply(self, prompt: str, before: list[Message] | None = None) -> Generator[Piece, None, None]:
+        """Yield the reply to `prompt`, after all messages or those `before`.
 
         Raises `ChatError` if the template refuses the prompt, the context has no room for it, or the
         engine fails.
         """
-        return self._turn(self.messages, prompt)
+        started, self.statistics = time.perf_counter(), Statistics(0, 0, None)
+        before = self.messages if before is None else before
+        live = yield from self._begin([*before, {"role": "user", "content": prompt}])
+        yield from self._speak(live, started)
 
     def retry(self) -> Generator[Piece, None, None]:
         """Yield another reply to the last prompt, in place of the last one. Raises like `reply`."""
         if not self.messages:
             raise ChatError("There is no reply to say again.")
         *before, prompt, _ = self.messages
-        return self._turn(before, prompt["content"])
+        return self.reply(prompt["content"], before)
 
     def resume(self, answer: bool = False) -> Generator[Piece, None, None]:
         """Go on with a reply that was cut or stopped, from the live state: nothing is computed again.
@@ -1596,7 +1578,8 @@ class Conversation:
         started, (limit, bound) = time.perf_counter(), self.bound()
         if not self.messages or "finish_reason" not in self.messages[-1]:
             raise ChatError(f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}.")
-        live = self._live or (yield from self._revive())
+        *before, reply = self.messages
+        live = self._live or (yield from self._begin(before, reply))
         if answer and live.splitter.kind != "thought":
             raise ChatError("There is no thought to close: /continue goes on with the answer.")
         held = len(self._cache.tokens)
@@ -1609,18 +1592,6 @@ class Conversation:
         if answer:
             self._close_thought(live)
         yield from self._speak(live, started)
-
-    def _revive(self) -> Generator[Piece, None, Reply]:
-        """Compute the state of a reply of an earlier day, up to where it was cut or stopped."""
-        *before, reply = self.messages
-        first, text, tokens = self._fit(before, min(self._first, len(before) - 1))
-        begun = self._begun(text, before[first:])
-        said = self._format.said(self._as_text(reply), begun)
-        splitter = ThoughtSplitter(self._format, begun)
-        list(splitter.feed(said))
-        tokens = self.hosts.share(tokens + self._model.encode(said))
-        yield from self._prefill(tokens, 0)
-        return Reply(before, first, self._within_text(self._stream(tokens)), splitter, begun + said)
 
     def _within_text(self, responses: Generator[Any, None, None]) -> Generator[Any, None, None]:
         """Give the first response the blank that mlx-lm takes off at the start of a text."""
@@ -1635,11 +1606,9 @@ class Conversation:
         """Have the model hear that it has thought enough, and begin the answer; only the mark is computed."""
         live.responses.close()
         list(live.splitter.feed(self._format.closing))
-        live.said += self._format.closing
-        tokens = self._cache.tokens + self._model.encode(self._format.closing)
-        self._cache.rewind(tokens)
-        list(self._cache.prefill(tokens, 0))
-        live.responses = self._stream(tokens)
+        live.prompt = max(live.prompt, self._cache.tokens, key=len) + self._model.encode(self._format.closing)
+        list(self._cache.prefill(live.prompt, 0))
+        live.responses = self._stream(live.prompt)
 
     def undo(self) -> str:
         """Take the last turn back and return its prompt; where there is none, take `clear` back and return nothing."""
@@ -1666,7 +1635,7 @@ class Conversation:
 
     def _render(self, messages: list[Message], prompted: bool = True) -> str:
         taken = [
-            self._format.as_template_takes(self._as_text(message), self._said.get(self._key(message), ""))
+            self._format.as_template_takes(self._as_text(message), self._said.get(str(message), ""))
             for message in self._settings.with_system(messages)
         ]
         return self._model.render(taken, prompted, **think_variables(self._model, self._settings.think))
@@ -1676,15 +1645,11 @@ class Conversation:
         texts = {key: self._model.as_text(message[key]) for key in ("content", "reasoning_content") if message.get(key)}
         return {**message, **texts}
 
-    @staticmethod
-    def _key(message: Message) -> tuple[str, str | None]:
-        return message["content"], message.get("reasoning_content")
-
     def _begun(self, text: str, messages: list[Message]) -> str:
         """Return the part of the reply that a prompt has said already: it may have opened, or closed, a thought."""
-        if not self._format.end:
-            return ""
-        return self._format.begun(text[common_prefix(text, self._render(messages, prompted=False)) :])
+        marks = [mark for mark in (self._format.start.strip(), self._format.end.strip()) if mark]
+        header = text[common_prefix(text, self._render(messages, prompted=False)) :] if marks else ""
+        return next((header[header.rfind(mark) :] for mark in marks if mark in header), "")
 
     def doubt(self) -> str:
         """Return a sentence on what the template can't do of the way to think that was asked for, or nothing."""
@@ -1749,47 +1714,26 @@ class Conversation:
             self._cache.rewind(self._fit([*self.messages, {"role": "user", "content": "b"}], 0)[2])
             self._cache.save(file, self._model.fingerprint)
 
-    def _sampling(self) -> dict[str, Any]:
-        """Return the choice of the next tokens as mlx-lm's `stream_generate` takes it."""
-        from mlx_lm.sample_utils import make_logits_processors, make_sampler
-
-        settings, vocabulary = self._settings, self._model.tokenizer.vocab_size
-
-        def sampler(logprobs: Any) -> Any:
-            # Made anew for each token, so that a changed setting reaches a reply that is continued.
-            return make_sampler(
-                temp=settings.temperature if settings.temperature >= LEAST_TEMPERATURE else 0.0,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                # mlx-lm refuses a top_k that leaves nothing out.
-                top_k=settings.top_k if settings.top_k < vocabulary else 0,
-            )(logprobs)
-
-        penalty = settings.repetition_penalty
-        return {
-            "sampler": sampler,
-            "logits_processors": None if penalty == 1 else make_logits_processors(repetition_penalty=penalty),
-        }
-
-    def _turn(self, before: list[Message], prompt: str) -> Generator[Piece, None, None]:
-        started, self.statistics = time.perf_counter(), Statistics(0, 0, None)
-        messages = [*before, {"role": "user", "content": prompt}]
-        first = min(self._first, len(before)) if self._settings.history else len(before)
+    def _begin(self, messages: list[Message], reply: Message | None = None) -> Generator[Piece, None, Reply]:
+        """Compute the state of a prompt, and of a reply of an earlier day up to where it was cut or stopped."""
+        first = self._first if self._settings.history else len(messages) - 1
         fitting, text, tokens = self._fit(messages, first)
         if fitting > first:
             turns = fitting // 2
             who = f"The first {turns} turns no longer fit" if turns > 1 else "The first turn no longer fits"
             yield Piece("notice", f"{who} {self.bound()[1]}: left out from here on.")
         self._drop_live()
+        begun = self._begun(text, messages[fitting:])
+        said = self._format.said(self._as_text(reply), begun) if reply else ""
         # A clock or a date in the template may be different elsewhere.
-        tokens = self.hosts.share(tokens)
+        tokens = self.hosts.share(tokens + self._model.encode(said))
         shared = 0 if self._cache.can_trim else self._shared_with_next_turn(messages[fitting:], tokens)
         yield from self._prefill(tokens, shared)
-        begun = self._begun(text, messages[fitting:])
+        splitter, responses = ThoughtSplitter(self._format, begun), self._stream(tokens)
+        list(splitter.feed(said))
         # Turns that --no-history leaves out are left out of this turn only.
-        later = fitting if self._settings.history else min(self._first, len(before))
-        splitter = ThoughtSplitter(self._format, begun)
-        yield from self._speak(Reply(messages, later, self._stream(tokens), splitter, begun), started)
+        later = fitting if self._settings.history else self._first
+        return Reply(messages, later, self._within_text(responses) if reply else responses, splitter, tokens)
 
     def _prefill(self, tokens: list[int], shared: int) -> Iterator[Piece]:
         state, self.state, started = self.state, None, time.perf_counter()
@@ -1804,7 +1748,23 @@ class Conversation:
             yield Piece("reading", f"{done} of {len(tokens)} tokens" * (len(tokens) > LONG_PROMPT_TOKENS))
 
     def _stream(self, tokens: list[int]) -> Generator[Any, None, None]:
-        return self._cache.stream(self._model.tokenizer, tokens, **self._sampling())
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+        settings, tokenizer = self._settings, self._model.tokenizer
+
+        def sampler(logprobs: Any) -> Any:
+            # Made anew for each token, so that a changed setting reaches a reply that is continued.
+            return make_sampler(
+                temp=settings.temperature if settings.temperature >= LEAST_TEMPERATURE else 0.0,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                # mlx-lm refuses a top_k that leaves nothing out.
+                top_k=settings.top_k if settings.top_k < tokenizer.vocab_size else 0,
+            )(logprobs)
+
+        penalty = settings.repetition_penalty
+        processors = None if penalty == 1 else make_logits_processors(repetition_penalty=penalty)
+        return self._cache.stream(tokenizer, tokens, sampler=sampler, logits_processors=processors)
 
     def _speak(self, live: Reply, started: float) -> Generator[Piece, None, None]:
         """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
@@ -1813,7 +1773,6 @@ class Conversation:
         try:
             # A thought that is closed goes on with other responses.
             while response := next(live.responses, None):
-                live.said += response.text
                 statistics.generation_tokens += 1
                 statistics.seconds = time.perf_counter() - started
                 statistics.time_to_first_token_s = statistics.time_to_first_token_s or statistics.seconds
@@ -1854,10 +1813,10 @@ class Conversation:
         if finish_reason != "stop":
             message["finish_reason"] = finish_reason
         # Only the marks of the one thought are more than text.
-        said = self._model.as_text(live.said)
+        said = self._model.as_text(live.splitter.text)
         for mark in filter(None, (self._format.start.strip(), self._format.end.strip())):
             said = said.replace(self._model.as_text(mark), mark, 1)
-        self._said[self._key(message)] = said
+        self._said[str(message)] = said
         self._first, self.messages = live.first, [*live.messages, message]
 
 
