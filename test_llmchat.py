@@ -3000,15 +3000,12 @@ RUNS, DECODE_TOKENS, PAUSE_S = 5, 128, 0.5
 THINGS = ("tea", "rain", "bread", "music", "chess", "rivers", "snow", "paper", "wood", "stars")
 TALK = [Turn(f"Tell me about {thing}.", f"About {thing}: it is old and good.", "Hm.") for thing in THINGS]
 
-# The installed program, since its peer is installed too.
+# The installed program, since its peer is installed too, which is told our defaults.
 OURS, THEIRS = [sys.executable, "-m", "llmchat"], [sys.executable, "-m", "mlx_lm", "chat"]
-# Our defaults, which theirs are not.
 THEIR_SAMPLING = ["--temp", str(Settings.temperature), "--top-p", str(Settings.top_p)]
 
-# Children that run a whole chat and say last, on standard error, how much memory MLX held at most.
-PEAK = "main(*arguments); print(mx.get_peak_memory(), file=sys.stderr)"
-OUR_CHAT = f"import mlx.core as mx, sys; from llmchat import main; arguments = [sys.argv[1:]]; {PEAK}"
-THEIR_CHAT = f"import mlx.core as mx, sys; from mlx_lm.chat import main; arguments = []; {PEAK}"
+# A child that runs a whole chat and says last, on standard error, how much memory MLX held at most.
+PEAK = "import mlx.core as mx, sys; from {} import main; main({}); print(mx.get_peak_memory(), file=sys.stderr)"
 
 
 def show(name: str, unit: str, wanted: float, ours: float, peer: float) -> None:
@@ -3022,12 +3019,10 @@ def medians(*measures) -> list[float]:
     return [median(column) for column in zip(*rounds)]
 
 
-def bench_environment(cache: Path) -> dict[str, str]:
-    """The machine as it is, but with an empty home, and compiled modules kept in the cache folder."""
-    (cache / "home").mkdir(parents=True, exist_ok=True)
-    slowing = ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")
-    kept = {key: value for key, value in os.environ.items() if key not in slowing}
-    return {**kept, "HOME": str(cache / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": str(cache / "pycache")}
+def seconds(action, *arguments) -> float:
+    started = time.perf_counter()
+    action(*arguments)
+    return time.perf_counter() - started
 
 
 def build_large(folder: Path) -> None:
@@ -3039,66 +3034,55 @@ def build_large(folder: Path) -> None:
     size = {"intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 32, "head_dim": 64}
     network, config = make_network(FAMILIES["dense"], len(tokenizer), 2048, **size)
     network.set_dtype(mx.bfloat16)
-    nn.quantize(network, group_size=64, bits=4)
-    write_model(folder, network, tokenizer, {**config, "quantization": {"group_size": 64, "bits": 4}})
+    config["quantization"] = {"group_size": 64, "bits": 4}
+    nn.quantize(network, **config["quantization"])
+    write_model(folder, network, tokenizer, config)
 
 
-def build_talking(cache: Path, name: str) -> str:
-    """A small model of a family that has memorised the talk of ten turns, the dense one also to count."""
-    conversations = [TALK, *[turns(("Count.", NUMBERS))] * (name == "dense")]
-    return build_model(cache / name, FAMILIES[name], conversations, hidden=640)
-
-
-def seconds_until(wanted: str, command: list[str], environment: dict[str, str], evicted: Path | None = None) -> float:
-    """How long a process takes to write what is wanted, with a file taken out of the page cache before."""
-    if evicted:
-        with evicted.open("rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    started = time.perf_counter()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **pipes, env=environment) as process:
-        wait_for(process, wanted)
-        process.kill()
-    return time.perf_counter() - started
-
-
-def bench_starts(cache: Path) -> None:
-    environment, model = bench_environment(cache), once(cache / "large", build_large)
+def bench_starts(model: Path, environment: dict[str, str]) -> None:
     load = f"from mlx_lm import load; load({str(model)!r}); print('prompt -> ', flush=True)"
+    ours, theirs, floor = [*OURS, str(model)], [*THEIRS, "--model", str(model)], [sys.executable, "-c", load]
     # llmchat's prompt, mlx-lm's as of 0.32 (a bracket), and as it was before.
     prompt = "prompt -> |\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}|>> "
-    commands = [[*OURS, str(model)], [*THEIRS, "--model", str(model)], [sys.executable, "-c", load]]
-    helps = medians(*(lambda c=c: seconds_until("--help", [*c, "--help"], environment) for c in (OURS, THEIRS)))
+
+    def start(wanted: str, *command: str) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, **pipes, env=environment) as process:
+            wait_for(process, wanted)
+            process.kill()
+
+    def cold_s(command: list[str]) -> float:
+        with (model / WEIGHTS).open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return seconds(start, prompt, *command)
+
+    helps = medians(*(lambda c=c: seconds(start, "--help", *c, "--help") for c in (OURS, THEIRS)))
     show("--help, peer mlx_lm.chat", "s", 1 / 15, *helps)
-    ours, chat, load = medians(*(lambda c=c: seconds_until(prompt, c, environment) for c in commands))
-    show("start to prompt, peer mlx_lm.chat", "s", 1.0, ours, chat)
-    show("start to prompt, floor mlx_lm.load", "s", 1.05, ours, load)
+    starts = medians(*(lambda c=c: seconds(start, prompt, *c) for c in (ours, theirs, floor)))
+    show("start to prompt, peer mlx_lm.chat", "s", 1.0, *starts[:2])
+    show("start to prompt, floor mlx_lm.load", "s", 1.05, *starts[::2])
     if hasattr(os, "posix_fadvise"):
-        cold = medians(*(lambda c=c: seconds_until(prompt, c, environment, model / WEIGHTS) for c in commands[:2]))
+        cold = medians(lambda: cold_s(ours), lambda: cold_s(theirs))
         show("start, weights not in memory, peer mlx_lm.chat", "s", 0.85, *cold)
 
 
-def bench_memory(cache: Path) -> None:
-    model, environment = build_talking(cache, "dense"), {**bench_environment(cache), "PYTHONPATH": str(HERE)}
-    theirs = ["--model", model, *THEIR_SAMPLING]
-
-    def peak_mb(code: str, arguments: list[str], leave_word: str) -> float:
+def bench_memory(model: str, environment: dict[str, str]) -> None:
+    def peak_mb(module: str, arguments: str, leave_word: str, *flags: str) -> float:
         prompts = "\n".join([*(turn.prompt for turn in TALK[:3]), leave_word, ""]).encode()
-        command = [sys.executable, "-c", code, *arguments, "--max-tokens", "16"]
+        command = [sys.executable, "-c", PEAK.format(module, arguments), *flags, "--max-tokens", "16"]
         done = subprocess.run(command, input=prompts, capture_output=True, env=environment, check=True)
         return int(done.stderr.split()[-1]) / 1e6
 
-    peaks = medians(lambda: peak_mb(OUR_CHAT, [model], "quit"), lambda: peak_mb(THEIR_CHAT, theirs, "q"))
+    peaks = medians(
+        lambda: peak_mb("llmchat", "sys.argv[1:]", "quit", model),
+        lambda: peak_mb("mlx_lm.chat", "", "q", "--model", model, *THEIR_SAMPLING),
+    )
     show("peak memory, 3 turns, peer mlx_lm.chat", "MB", 1.03, *peaks)
 
 
 def bench_talk(talk: Talk) -> list[tuple[int, float]]:
     """Have the talk of ten turns; return each turn's tokens put through the model before the reply, and time to it."""
-    figures = []
-    for turn in TALK:
-        put_through = talk.cost(lambda turn=turn: talk.expect(turn))
-        figures.append((put_through, talk.statistics.time_to_first_token_s))
-    return figures
+    return [(talk.cost(lambda turn=turn: talk.expect(turn)), talk.statistics.time_to_first_token_s) for turn in TALK]
 
 
 def bench_decode(model: llmchat.Model) -> None:
@@ -3110,10 +3094,10 @@ def bench_decode(model: llmchat.Model) -> None:
     options = {"max_tokens": DECODE_TOKENS, "sampler": make_sampler(temp=Settings.temperature, top_p=Settings.top_p)}
 
     def tps(pieces) -> float:
-        next(piece for piece in pieces if getattr(piece, "kind", "") != "reading")
-        started = time.perf_counter()
-        assert "12, 13, 14" in "".join(piece.text for piece in pieces)
-        return (DECODE_TOKENS - 1) / (time.perf_counter() - started)
+        said = [next(piece.text for piece in pieces if getattr(piece, "kind", "") != "reading")]
+        took_s = seconds(said.extend, (piece.text for piece in pieces))
+        assert "12, 13, 14" in "".join(said)
+        return (DECODE_TOKENS - 1) / took_s
 
     rates = medians(
         lambda: tps(Conversation(model, Settings(max_tokens=DECODE_TOKENS)).reply("Count.")),
@@ -3122,49 +3106,38 @@ def bench_decode(model: llmchat.Model) -> None:
     show("decode, floor mlx_lm.stream_generate", "tokens/s", 0.98, *rates)
 
 
-def bench_state(model: llmchat.Model, cache: Path) -> None:
-    """Going on with a conversation of about 4,000 tokens: to the first new token, with its state and without."""
-    model, file = dataclasses.replace(model, context_length=None), cache / "state.safetensors"
+def bench_state(model: llmchat.Model, file: Path) -> None:
     words = "word " * (4000 // len(model.encode("word ")))
     before = [{"role": "user", "content": words}, {"role": "assistant", "content": "Good."}]
 
     def gone_on(state: Path | None) -> Conversation:
-        conversation = Conversation(model, Settings(max_tokens=1), before)
+        conversation = Conversation(dataclasses.replace(model, context_length=None), Settings(max_tokens=1), before)
         conversation.state = state
         list(conversation.reply("Count."))
         return conversation
 
-    def leave_s() -> float:
-        conversation = gone_on(file)
-        started = time.perf_counter()
-        conversation.keep_state(file)
-        return time.perf_counter() - started
-
-    def write_s() -> float:
-        data, started = file.read_bytes(), time.perf_counter()
-        file.with_name("copy").write_bytes(data)
-        return time.perf_counter() - started
-
-    file.unlink(missing_ok=True)
     conversation = gone_on(None)
     conversation.keep_state(file)
     firsts = medians(*(lambda state=state: gone_on(state).statistics.time_to_first_token_s for state in (file, None)))
     show("going on with 4,000 tokens, peer no state", "s", 0.1, *firsts)
-    tokens, net = conversation.statistics.prompt_tokens, model.net.args
+    net, size = model.net.args, file.stat().st_size / conversation.statistics.prompt_tokens
     # Keys and values, as 32-bit numbers.
     least = net.num_hidden_layers * 2 * net.num_key_value_heads * net.head_dim * 4
-    show("state on disk a token, floor keys and values", "bytes", 1.1, file.stat().st_size / tokens, least)
-    show("leaving with that state, floor writing it", "s", 5.0, *medians(leave_s, write_s))
+    show("state on disk a token, floor keys and values", "bytes", 1.1, size, least)
+    leaving = medians(
+        lambda: seconds(gone_on(file).keep_state, file),
+        lambda: seconds(file.with_name("copy").write_bytes, file.read_bytes()),
+    )
+    show("leaving with that state, floor writing it", "s", 5.0, *leaving)
 
 
-def bench_launched(cache: Path) -> None:
+def bench_launched(model: str, environment: dict[str, str]) -> None:
     """Decoding on two hosts, both of them here, beside mlx-lm's own chat under the same launcher."""
-    model, longest = build_talking(cache, "dense"), ["--max-tokens", str(DECODE_TOKENS)]
-    rate = r" (?:s|tokens) · ([\d.]+) tok"
+    longest, rate = ["--max-tokens", str(DECODE_TOKENS)], r" (?:s|tokens) · ([\d.]+) tok"
 
-    def said_tps(program: list[str], clear: str, leave: str) -> float:
+    def said_tps(clear: str, leave: str, *program: str) -> float:
         pipes, rates = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, []
-        with subprocess.Popen(launch(2, *program), **pipes, env=bench_environment(cache)) as process:
+        with subprocess.Popen(launch(2, *program, *longest), **pipes, env=environment) as process:
             # One by one, each some time after the last reply, as from a person; the first only warms up.
             for _ in range(RUNS + 1):
                 say(process, f"{clear}\nCount.\n")
@@ -3174,8 +3147,8 @@ def bench_launched(cache: Path) -> None:
         return median(rates[1:])
 
     ours, theirs = medians(
-        lambda: said_tps([*OURS[1:], model, "--stats", *longest], "/clear", "quit"),
-        lambda: said_tps([*THEIRS[1:], "--model", model, *longest, *THEIR_SAMPLING], "r", "q"),
+        lambda: said_tps("/clear", "quit", *OURS[1:], model, "--stats"),
+        lambda: said_tps("r", "q", *THEIRS[1:], "--model", model, *THEIR_SAMPLING),
     )
     # mlx-lm counts the first token too, but not its time.
     show("decode on two hosts, peer mlx_lm.chat", "tokens/s", 0.98, ours, theirs * (1 - 1 / DECODE_TOKENS))
@@ -3185,20 +3158,26 @@ def bench(cache: str) -> None:
     """Print llmchat's figures beside those of mlx-lm, all from this run. Only the cache folder is written to."""
     # A folder for each engine: an older one can not read the tokenizers that a newer one writes.
     folder = Path(cache).resolve() / f"mlx-lm-{version('mlx-lm')}"
+    (folder / "home").mkdir(parents=True, exist_ok=True)
+    mine = {"HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": str(folder / "pycache")}
+    # The last two slow a program down, unless they are empty.
+    environment = {**os.environ, **mine, "PYTHONDONTWRITEBYTECODE": "", "PYTHONUNBUFFERED": ""}
     print(f"Medians of {RUNS}; Python {platform.python_version()}, mlx-lm {version('mlx-lm')}, {platform.platform()}")
-    bench_starts(folder)
+    bench_starts(once(folder / "large", build_large), environment)
     for name, family in reversed(FAMILIES.items()):
-        model = dataclasses.replace(loaded(build_talking(folder, name)), name=name)
+        # Each has memorised the talk of ten turns; the dense one, which is the last, can also count.
+        conversations = [TALK, *[turns(("Count.", NUMBERS))] * (name == "dense")]
+        small = build_model(folder / name, family, conversations, hidden=640)
+        model = dataclasses.replace(loaded(small), name=name)
         put_through, least = bench_talk(Talk(model)), least_tokens(model.tokenizer._tokenizer, family, TALK)
         pairs = [(tokens, floor) for (tokens, _), floor in zip(put_through[1:], least[1:])]
         ours, floor = max(pairs, key=lambda pair: pair[0] - pair[1])
         show(f"tokens put through a turn, {name}", "tokens", (floor + 8) / floor, ours, floor)
-    # The last model is the dense one; the first round warms up.
     rounds = [bench_talk(Talk(model)) for _ in range(RUNS + 1)][1:]
     early, late = (1e3 * median(turns[n][1] for turns in rounds) for n in (1, -1))
     show("time to first token, turn 10, peer turn 2", "ms", 1.3, late, early)
     bench_decode(model)
-    bench_state(model, folder)
-    bench_memory(folder)
+    bench_state(model, folder / "state.safetensors")
+    bench_memory(small, {**environment, "PYTHONPATH": str(HERE)})
     if CAN_SHARE:
-        bench_launched(folder)
+        bench_launched(small, environment)
