@@ -42,7 +42,9 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
 import llmchat
 from llmchat import ChatError, Conversation, Piece, Settings, ThoughtSplitter
@@ -123,12 +125,8 @@ HYBRID = {
     **{"shared_expert_intermediate_size": 128, "mlp_only_layers": [], "moe_intermediate_size": 128},
     **{"partial_rotary_factor": 0.5, "full_attention_interval": 2},
 }
-YARN = {
-    **{"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
-    **{"beta_fast": 32.0, "beta_slow": 1.0},
-}
 SLIDING = {
-    **{"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 32, "rope_scaling": YARN},
+    **{"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 32},
     "layer_types": ["sliding_attention", "full_attention"],
 }
 CHANNELS = "<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{answer}"
@@ -146,9 +144,7 @@ FAMILIES = {
 SEEDED = chatml("{{ '<seed:think>' + m.reasoning_content + '</seed:think>' if m.reasoning_content }}{{ m.content }}")
 OF_THE_LAST = "{{ '<think>\n' + m.thinking + '\n</think>\n\n' if m.thinking and loop.index0 > ns.last }}{{ m.content }}"
 BUT_THE_FIRST = "{{ '<think>' + (m.get('reasoning_content', '') if loop.index0 > 1 else '') + '</think>' + m.content }}"
-OWN_MESSAGE = (
-    "{{ '<|think|>' + m.reasoning + '<|end|><|im_start|>assistant\n' if m.reasoning }}{{ '<|content|>' + m.content }}"
-)
+MESSAGE = "{{ '<|think|>' + m.reasoning + '<|end|><|im_start|>assistant\n' if m.reasoning }}<|content|>{{ m.content }}"
 BLOCKS = (
     "{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}"
     "{{ '[THINK]' + b.thinking + '[/THINK]' if b.type == 'thinking' else b.text }}{% endfor %}{% endif %}"
@@ -171,7 +167,7 @@ WAYS = {
     "field, kept": Family(SEEDED, "<seed:think>{thought}</seed:think>{answer}", "reasoning_content"),
     "field, of the last reply": Family(chatml(OF_THE_LAST), THOUGHT_THEN_ANSWER, "thinking"),
     "field, but of the first": Family(chatml(BUT_THE_FIRST), "<think>{thought}</think>{answer}", "reasoning_content"),
-    "message of its own": Family(chatml(OWN_MESSAGE), OWN, "reasoning"),
+    "message of its own": Family(chatml(MESSAGE), OWN, "reasoning"),
     "blocks": Family(chatml(BLOCKS), "[THINK]{thought}[/THINK]{answer}", "thinking blocks"),
     "blocks in the content": Family(chatml(INNER_BLOCKS), INNER, "thoughts blocks"),
     "content, kept": Family(KEPT_THOUGHT, "<think>\n{thought}\n</think>\n{answer}", "content"),
@@ -285,9 +281,6 @@ def make_tokenizer(texts: list[str], family: Family):
 
 def make_network(family: Family, vocabulary: int, hidden: int, **config):
     """A network of random weights, and its configuration."""
-    import mlx.core as mx
-    from mlx.utils import tree_map
-
     config = {
         "model_type": family.model_type,
         **{"hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 2},
@@ -307,7 +300,6 @@ def make_network(family: Family, vocabulary: int, hidden: int, **config):
 
 def memorise(network, tokenizer, family: Family, conversations: list[list[Turn]]) -> None:
     """Solve for the output matrix that makes the network say every reply of the conversations."""
-    import mlx.core as mx
     import numpy as np
 
     states, targets = [], []
@@ -340,9 +332,6 @@ def memorise(network, tokenizer, family: Family, conversations: list[list[Turn]]
 
 def write_model(folder: Path, network, tokenizer, config: dict) -> None:
     """Write a model folder in the form that the hub has."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": tokenizer.eos_token_id}))
@@ -688,8 +677,6 @@ def own_tokenizer(folder: Path) -> None:
 
 def split_in_two(folder: Path) -> None:
     """Make two shards and their index of the weights."""
-    import mlx.core as mx
-
     weights = mx.load(str(folder / WEIGHTS))
     # The output matrix comes last, so that the larger part is in the second.
     shards = {key: SHARDS[place > len(weights) // 3] for place, key in enumerate(sorted(weights))}
@@ -1063,11 +1050,18 @@ def least_tokens(tokenizer, family: Family, turns: list[Turn]) -> list[int]:
     return least
 
 
+@pytest.mark.parametrize("next_turn", ["at once", "another day"])
 @pytest.mark.parametrize("conversation", FAMILY_CONVERSATIONS[:3], ids=lambda turns: turns[0].prompt)
-def test_every_reply_is_word_for_word_right_and_costs_its_new_tokens(conversation, talk) -> None:
+def test_every_reply_is_word_for_word_right_and_costs_its_new_tokens(conversation, next_turn, talk, tmp_path) -> None:
     for turn, least in zip(conversation, least_tokens(talk.model.tokenizer._tokenizer, talk.family, conversation)):
-        assert talk.cost(lambda turn=turn: talk.expect(turn)) <= least + 8
+        assert talk.cost(lambda turn=turn, talk=talk: talk.expect(turn)) <= least + 8
         assert talk.statistics.prompt_tokens - talk.statistics.cached_tokens <= least + 8
+        if next_turn == "another day":
+            talk = gone_on(talk, tmp_path / "state.safetensors", keep=True)
+    # Said again, and taken back, also in a conversation that has only just gone on.
+    assert hear(talk.retry())[1] == conversation[-1].answer
+    talk.undo()
+    talk.expect(conversation[-1])
 
 
 def test_a_stopped_reply_is_kept_as_far_as_it_was_heard_and_the_next_turn_is_right(talk) -> None:
@@ -1494,58 +1488,38 @@ def test_a_prompt_whose_reply_was_lost_waits_in_the_line(flags, demo, terminal, 
 # ------------------------------------------------------------------------------- State on a disk
 
 
-def keep_state(talk: Talk, file: Path) -> Path:
-    """Leave a conversation, and its state in a file, if there is one to keep."""
-    talk.keep_state(file)
-    return file
-
-
-def gone_on(talk: Talk, state: Path, messages: list[dict] | None = None) -> Talk:
-    """The conversation, or another one, as a chat of another day goes on with it."""
+def gone_on(talk: Talk, state: Path, messages: list[dict] | None = None, keep: bool = False) -> Talk:
+    """The conversation, or another one, as a chat of another day goes on with it, with a state that is to be kept."""
+    if keep:
+        talk.keep_state(state)
     model = dataclasses.replace(talk.model, net=talk.net._network)
     other = Talk(model, talk.messages if messages is None else messages)
     other.state = state
     return other
 
 
-@pytest.mark.parametrize("conversation", FAMILY_CONVERSATIONS[:3], ids=lambda turns: turns[0].prompt)
-def test_a_conversation_of_another_day_costs_its_new_tokens_with_its_state(conversation, talk, tmp_path) -> None:
-    leasts = least_tokens(talk.model.tokenizer._tokenizer, talk.family, conversation)
-    state = tmp_path / "state.safetensors"
-    for turn, least in zip(conversation, leasts):
-        assert talk.cost(lambda turn=turn, talk=talk: talk.expect(turn)) <= least + 8
-        talk = gone_on(talk, keep_state(talk, state))
-    # Said again, and taken back, in a conversation that has only just gone on.
-    assert hear(talk.retry())[1] == conversation[-1].answer
-    talk.undo()
-    talk.expect(conversation[-1])
-
-
 def test_a_state_goes_on_though_the_context_was_full_or_the_reply_was_cut(talk, tmp_path) -> None:
     talk.settings.max_tokens = 7
     hear(talk.reply(COUNT.prompt))
-    talk = gone_on(talk, keep_state(talk, tmp_path / "cut.safetensors"))
+    talk = gone_on(talk, tmp_path / "cut.safetensors", keep=True)
     hear(talk.resume())
     assert talk.messages[-1]["content"].endswith(COUNT.answer)
     talk.expect(THANKS)
     talk.model.context_length, talk.settings.max_tokens = 120, 16
     for turn in SAMPLE[:3]:
         hear(talk.reply(turn.prompt))
-    other = gone_on(talk, keep_state(talk, tmp_path / "full.safetensors"))
+    other = gone_on(talk, tmp_path / "full.safetensors", keep=True)
     plain = gone_on(talk, tmp_path / "none.safetensors")
     for talk in (other, plain):
         talk.model.context_length, talk.settings.max_tokens, talk.settings.temperature = 120, 16, 0
     assert hear(other.reply("Hm?")) == hear(plain.reply("Hm?"))
 
 
-def flipped(data: bytes, place: int, bit: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
-
-
 def test_a_state_that_is_damaged_or_of_something_else_changes_no_word(talk, tmp_path, request) -> None:
     chance, file = random.Random(1), tmp_path / "state.safetensors"
     talk.expect(*SAMPLE[:2])
-    data = keep_state(talk, file).read_bytes()
+    talk.keep_state(file)
+    data = file.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
 
     def cached_tokens(messages=None, **changes: object) -> int:
@@ -1570,11 +1544,10 @@ def test_a_state_that_is_damaged_or_of_something_else_changes_no_word(talk, tmp_
     for length in (0, 4, header // 2, header, chance.randrange(header, len(data)), len(data) - 1):
         file.write_bytes(data[:length])
         assert cached_tokens() == 0
-    for _ in range(4):
-        file.write_bytes(flipped(data, chance.randrange(header, len(data)), chance.randrange(8)))
-        assert cached_tokens() == 0
-        file.write_bytes(flipped(data, chance.randrange(header), chance.randrange(8)))
-        cached_tokens()
+    for start, end in ((header, len(data)), (0, header)) * 4:
+        place, bit = chance.randrange(start, end), 1 << chance.randrange(8)
+        file.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        assert cached_tokens() == 0 or start == 0
     file.unlink()
     assert cached_tokens() == 0
     file.mkdir()
@@ -1891,8 +1864,6 @@ def test_a_template_in_the_configuration_of_the_tokenizer_is_found(demo, chat, t
 
 
 def test_an_adapter_changes_what_the_model_says(demo, chat, tmp_path) -> None:
-    import mlx.core as mx
-
     lora = {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.v_proj"]}
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": lora}
     for strength, same in ((0.0, True), (1.0, False)):
@@ -3027,7 +2998,6 @@ def seconds(action, *arguments) -> float:
 
 def build_large(folder: Path) -> None:
     """A llama of 1.06 G random weights in 4 bits, 600 MB; it is loaded, but asked nothing."""
-    import mlx.core as mx
     from mlx import nn
 
     tokenizer = make_tokenizer([turn.prompt + turn.answer for turn in TALK], FAMILIES["dense"])
