@@ -32,7 +32,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import textwrap
 import threading
@@ -481,41 +480,6 @@ def wait_until(condition, timeout_s: float = 60):
     return met
 
 
-def fork_each() -> None:
-    """Run `llmchat.main` with each of the lists of arguments on standard input, in a fork of this process.
-
-    The libraries are imported once, before; MLX computes nothing until then, since its threads don't
-    outlive a fork. Prints a list of output and statuses (negative: a signal, that of `alarm` after 60 s).
-    """
-    # Not mlx_lm itself, which opens a stream when it is imported: with an older MLX that is a thread.
-    for library in ("transformers.models.auto.tokenization_auto", "huggingface_hub.hf_api", "mlx.nn"):
-        importlib.import_module(library)
-    results = []
-    for arguments in json.load(sys.stdin):
-        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            if (pid := os.fork()) == 0:
-                signal.alarm(60)
-                for fd, file in enumerate((open(os.devnull), stdout, stderr)):
-                    os.dup2(file.fileno(), fd)
-                raise SystemExit(llmchat.main(arguments))
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            results.append([*(os.pread(file.fileno(), 1 << 20, 0).decode() for file in (stdout, stderr)), status])
-    print(json.dumps(results))
-
-
-@pytest.fixture
-def chats(chat):
-    """Runs the program once for each list of arguments, with nothing on standard input."""
-    forking = [sys.executable, "-c", "import test_llmchat; test_llmchat.fork_each()"]
-
-    def run(*cases: list[str], **changes: str) -> list[Done]:
-        done = chat(program=forking, stdin=json.dumps(cases), timeout_s=600, **changes)
-        assert done.code == 0, done.err
-        return [Done(*result) for result in json.loads(done.out)]
-
-    return run
-
-
 class Terminal:
     """The program on a terminal of its own, which is its controlling terminal, so that Ctrl+C is SIGINT."""
 
@@ -702,8 +666,8 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Request)
         # Of each repository: its files by name, or the size of one that is only claimed to be there.
         self.repositories: dict[str, dict[str, bytes | int]] = {}
-        # By repository, or by repository and file: a status and error code to answer, or "cut" or "stall".
-        self.faults: dict[str, tuple[int, str] | str] = {}
+        # By repository, or by repository and file: a status, error code and page to answer, or "cut" or "stall".
+        self.faults: dict[str, tuple | str] = {}
         self.requests: list[str] = []
         self.stalled, self.resume = threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -755,8 +719,6 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         elif isinstance(fault, tuple):
             self._send(*fault)
-        elif fault == "log in":
-            self._send(200, body=b"<html>Welcome to the hotel</html>")
         elif files is None:
             self._send(404, "RepoNotFound")
         elif revision not in (None, "main", "dev", hub.COMMIT):
@@ -1464,6 +1426,10 @@ def test_a_prompt_whose_reply_was_lost_waits_in_the_line(flags, demo, terminal, 
     screen.expect("prompt -> ")
     assert screen.leave(CTRL_D) == 0
     assert contents(session) == ["Count.", NUMBERS]
+    # It can't drive the terminal.
+    session.write_text(as_lines({"role": "user", "content": "\x1b]0;x\x07Hi\x9b5n"}))
+    screen = terminal(demo, "--session", str(session), prompt="prompt -> ]0;xHi5n")
+    assert not {"\x07", "\x9b"} & {*screen.output}
 
 
 # ------------------------------------------------------------------------------- State on a disk
@@ -2387,18 +2353,11 @@ def test_turns_that_no_longer_fit_are_found_in_few_renderings(demo) -> None:
             Counting.renderings += 1
             return super().render(*arguments, **keywords)
 
-    turns = [Turn(f"Say {count}.", "word " * 20) for count in range(500)]
-    messages = [message for turn in turns for message in turn.messages()]
+    messages = [message for count in range(500) for message in Turn(f"Say {count}.", "word " * 20).messages()]
     conversation = Conversation(Counting(**vars(loaded(demo))), Settings(max_tokens=1), messages)
     before = Counting.renderings
     list(conversation.reply("Hello"))
     assert Counting.renderings - before < 20
-
-
-def test_a_prompt_of_a_session_can_not_drive_the_terminal(demo, terminal, home) -> None:
-    (home / "talk").write_text(as_lines({"role": "user", "content": "\x1b]0;x\x07Hi\x9b5n"}))
-    screen = terminal(demo, "--session", "talk", prompt="prompt -> ]0;xHi5n")
-    assert not {"\x07", "\x9b"} & {*screen.output}
 
 
 def test_a_template_that_never_ends_is_stopped(demo, terminal, tmp_path) -> None:
@@ -2414,16 +2373,6 @@ def test_a_tokenizer_that_raises_is_one_sentence(demo, chat, tmp_path) -> None:
     done = chat(changed(tmp_path / "model", demo, configured("tokenizer.json", model=words)), stdin="Hello\nHello\n")
     assert "Traceback" not in done.err and done.code == 1
     assert done.out.endswith("Goodbye!\n") or "could not be loaded" in done.err
-
-
-def test_no_code_runs_because_standard_input_says_yes(demo, chat, tmp_path) -> None:
-    auto_map = {"AutoProcessor": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
-    processor = put("processor_config.json", json.dumps({"processor_class": "Own", "auto_map": auto_map}))
-    tokenizer = put("tokenizer_config.json", json.dumps({"tokenizer_class": "AutoProcessor", "auto_map": auto_map}))
-    model = changed(tmp_path / "model", demo, with_code, processor, tokenizer)
-    done = chat(model, stdin="y\ny\n")
-    assert done.code == 1 and "[y/N]" not in done.out + done.err
-    assert not Path(model, "ran").exists()
 
 
 def test_ctrl_c_while_the_libraries_are_imported_ends_quietly(demo, start, home) -> None:
@@ -2485,7 +2434,7 @@ REFUSALS = {
     "own/busy": ((429, ""), "{hub} takes no more requests from here for now: *{kept}"),
     "own/down": ((500, ""), "{hub} has a problem of its own (status 500), so {name} could not be fetched: *{kept}"),
     "own/silent": ("stall", "{name} could not be fetched from {hub}: timed out. Check the network. {kept}"),
-    "own/portal": ("log in", "{hub} answers with a page where data should be: *"),
+    "own/portal": ((200, "", b"<html>A hotel</html>"), "{hub} answers with a page where data should be: *"),
     **dict.fromkeys(("", "own/--name", "./nowhere", "no/such/model"), (None, NO_FOLDER)),
     "own/na--me": (None, "'{name}' can't be the name of a repository: a name looks like mlx-community/Llama-3.2-3B-*"),
     "x" * 300 + "\x1b": (None, f"'{'x' * 299}…' is neither a model folder*"),
@@ -2494,25 +2443,23 @@ REFUSALS = {
 }
 
 
-def test_what_the_hub_refuses_is_one_sentence(demo, hub, chats) -> None:
+def test_what_the_hub_refuses_is_one_sentence(demo, hub, chat) -> None:
     hub.put("own/model", demo)
     hub.put("own/gated-files", demo)
     hub.faults = {name: fault for name, (fault, _) in REFUSALS.items() if fault}
     hub.faults["own/gated-files/config.json"] = (401, "GatedRepo")
-    cases = [name.split(" ") for name in REFUSALS]
-    for (name, *_), (_, sentence), result in zip(cases, REFUSALS.values(), chats(*cases)):
+    for arguments, (_, sentence) in REFUSALS.items():
+        (name, *_), result = arguments.split(" "), chat(*arguments.split(" "))
         assert result.complaint == Like(sentence.format(name=name, hub=hub.url, kept=KEPT))
         assert result.out == f"Loading model {llmchat.cleaned(name)}...\n"
     assert hub.fetched() == []
-
-
-def test_without_a_network_a_download_is_one_sentence(hub, chat) -> None:
+    # There is no network.
     for endpoint, why in (("http://127.0.0.1:9", "Connection refused"), ("http://nowhere.invalid", "*ame*")):
         sentence = f"own/model could not be fetched from {endpoint}: {why}. Check the network. {KEPT}"
         assert chat("own/model", HF_ENDPOINT=endpoint).complaint == Like(sentence)
 
 
-def test_what_can_be_known_is_said_before_the_weights_come(demo, hub, chats) -> None:
+def test_what_can_be_known_is_said_before_the_weights_come(demo, hub, chat) -> None:
     lost = {"model__safetensors": None}
     hub.put("own/Model-GGUF", demo, **lost, **{"Model-Q4_K_M.gguf": 9, "config.json": None})
     hub.put("own/torch", demo, **lost, pytorch_model__bin=9)
@@ -2534,33 +2481,31 @@ def test_what_can_be_known_is_said_before_the_weights_come(demo, hub, chats) -> 
         "own/code": "wants to run its own code*: if you trust it, --trust-remote-code allows that.",
         "own/large": "is too large: 1048576.0 GiB of weights, where this machine has * GiB of memory, * with --force.",
     }
-    *results, forced = chats(*([name] for name in sentences), ["own/large", "--force"])
-    for (name, sentence), result in zip(sentences.items(), results):
-        assert result.complaint == Like(f"{name} {sentence}")
+    for name, sentence in sentences.items():
+        assert chat(name).complaint == Like(f"{name} {sentence}")
     disk = "1048576.0 GiB are still to be downloaded, where */hub has * GiB free. Make room for it, or set HF_HOME *"
-    assert forced.complaint == Like(f"own/large does not fit on the disk: {disk}")
+    assert chat("own/large", "--force").complaint == Like(f"own/large does not fit on the disk: {disk}")
     assert hub.fetched() == []
 
 
-def test_a_model_is_downloaded_once_and_then_needs_no_hub(demo, hub, chats, home) -> None:
+def test_a_model_is_downloaded_once_and_then_needs_no_hub(demo, hub, chat, home) -> None:
     hub.put("own/model", demo)
     say_hello, said = ["own/model", "-p", "Say hello."], (SAID_HELLO + "\n", "", 0)
-    assert chats(say_hello) == [said]
+    assert chat(*say_hello) == said
     assert hub.fetched() == ["model.safetensors"]
     by_commit = [*say_hello, "--revision", hub.COMMIT]
-    assert chats(say_hello, by_commit) == [said, said]
+    assert chat(*say_hello) == chat(*by_commit) == said
     assert hub.requests == []
     # Another branch that is at the same commit: the hub is asked where it is, and nothing else.
     branch = [*say_hello, "--revision", "dev"]
-    assert chats(branch, branch) == [said, said]
+    assert chat(*branch) == chat(*branch) == said
     assert hub.fetched("GET */resolve/*") == []
     hub.close()
     whole, damaged = (home / HUB_CACHE / f"models--own--{name}" for name in ("model", "damaged"))
     shutil.copytree(whole, damaged, symlinks=True)
     os.truncate(damaged / "snapshots" / hub.COMMIT / "model.safetensors", 5000)
-    *results, broken = chats(say_hello, by_commit, branch, ["own/damaged"])
-    assert results == [said, said, said]
-    assert broken.complaint.endswith(f"Remove {damaged}, and it is downloaded again.")
+    assert chat(*say_hello) == chat(*by_commit) == chat(*branch) == said
+    assert chat("own/damaged").complaint.endswith(f"Remove {damaged}, and it is downloaded again.")
 
 
 def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(sharded, hub, terminal, home) -> None:
@@ -2608,6 +2553,8 @@ def test_a_cache_that_is_full_or_can_not_be_written_is_one_sentence(demo, hub, c
 
 CUT, UNLOADED = "model.safetensors of {model} can't be loaded: *.{whole}", "{model} could not be loaded: *.{whole}"
 CODE = "{model} wants to run its own code*: *, --trust-remote-code allows that."
+AUTO_MAP = {"AutoProcessor": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+PROCESSOR = json.dumps({"tokenizer_class": "AutoProcessor", "processor_class": "Own", "auto_map": AUTO_MAP})
 # What is different in a folder, and the sentence about it.
 LOCAL_FAILURES = [
     ([lose("config.json")], "{model} has no config.json: name a model's folder, or a Hugging Face*"),
@@ -2627,23 +2574,24 @@ LOCAL_FAILURES = [
     ([lose("tokenizer.json", "tokenizer_config.json")], "{model} could not be loaded: *tokenizer*.{whole}"),
     ([cut_off("tokenizer.json", 99)], UNLOADED),
     ([own_tokenizer], CODE),
+    ([with_code, put("processor_config.json", PROCESSOR), put("tokenizer_config.json", PROCESSOR)], CODE),
     ([lose("chat_template.jinja")], "{model} has no chat template, so it can't hold a conversation: *"),
     ([put("chat_template.jinja", "{{ raise_exception(1) }}")], "The chat template of {model} can't render this *"),
     ([configured(architectures=["LlamaModel"])], "{model} is made for embeddings or labels, not for talking: *"),
 ]
 
 
-def test_a_folder_that_can_not_be_loaded_is_one_sentence(demo, chats, tmp_path) -> None:
-    models = [changed(tmp_path / str(n), demo, *changes) for n, (changes, _) in enumerate(LOCAL_FAILURES)]
-    others = [models[-1], "--force"], [demo, "--adapter", "nowhere"]
-    *results, forced, adapter = chats(*([model, "-p", "Hi"] for model in models), *others)
-    for model, (_, sentence), result in zip(models, LOCAL_FAILURES, results):
+def test_a_folder_that_can_not_be_loaded_is_one_sentence(demo, chat, tmp_path) -> None:
+    for n, (changes, sentence) in enumerate(LOCAL_FAILURES):
+        model = changed(tmp_path / str(n), demo, *changes)
         whole = f" Put a whole copy of the model into {model}."
-        assert result.complaint == Like(sentence.format(model=model, whole=whole))
-        assert len(result.complaint) < 700
-        assert not Path(model, "ran").exists()
-    assert forced.code == 0
-    assert adapter.complaint.startswith("There is no adapter in nowhere")
+        # Also if standard input would say yes to any question.
+        done = chat(model, stdin="y\ny\n")
+        assert done.complaint == Like(sentence.format(model=model, whole=whole))
+        assert len(done.complaint) < 700
+        assert "[y/N]" not in done.out and not Path(model, "ran").exists()
+    assert chat(model, "--force").code == 0
+    assert chat(demo, "--adapter", "nowhere").complaint.startswith("There is no adapter in nowhere")
 
 
 STRANGE_VALUES = [
@@ -2668,16 +2616,13 @@ def mutate_json(value: object, chance: random.Random) -> object:
 def mutate(folder: Path, chance: random.Random) -> str:
     """Spoil a model folder at random; returns what was done."""
     kind = chance.choice(["bytes", "truncate", "delete", "swap", "json", "json", "json", "header"])
-    files = sorted(folder.iterdir())
-    if kind in ("json", "header"):
-        files = [file for file in files if file.suffix == (".json" if kind == "json" else ".safetensors")]
-    file, other = chance.sample(files, 2)
+    files, ending = sorted(folder.iterdir()), {"json": ".json", "header": ".safetensors"}.get(kind, "")
+    file, other = chance.sample([file for file in files if file.name.endswith(ending)], 2)
     if kind == "delete":
         file.unlink()
     elif kind == "swap":
-        content = file.read_bytes()
-        file.write_bytes(other.read_bytes())
-        other.write_bytes(content)
+        for changed, content in ((file, other.read_bytes()), (other, file.read_bytes())):
+            changed.write_bytes(content)
     elif kind == "truncate":
         os.truncate(file, chance.randrange(file.stat().st_size))
     elif kind == "json":
@@ -2691,18 +2636,16 @@ def mutate(folder: Path, chance: random.Random) -> str:
 
 
 @pytest.mark.parametrize("cases", [15, pytest.param(300, marks=pytest.mark.stress)])
-def test_a_spoilt_model_loads_or_is_one_sentence(cases, sharded, chats, tmp_path) -> None:
-    for batch in range(0, cases, 50):
-        folders = {seed: tmp_path / str(seed) for seed in range(batch, min(cases, batch + 50))}
-        done = [mutate(shutil.copytree(sharded, folder), random.Random(seed)) for seed, folder in folders.items()]
-        for what, result in zip(done, chats(*([str(folder)] for folder in folders.values()))):
-            if result.code:
-                assert len(result.complaint) < 1000, what
-            else:
-                assert result.out.endswith("Model loaded successfully!\n\nprompt -> \nGoodbye!\n"), what
-                assert result.err == "", what
-        for folder in folders.values():
-            shutil.rmtree(folder)
+def test_a_spoilt_model_loads_or_is_one_sentence(cases, sharded, chat, tmp_path) -> None:
+    for seed in range(cases):
+        folder = shutil.copytree(sharded, tmp_path / str(seed))
+        what, result = mutate(folder, random.Random(seed)), chat(str(folder))
+        if result.code:
+            assert len(result.complaint) < 1000, what
+        else:
+            assert result.out.endswith("Model loaded successfully!\n\nprompt -> \nGoodbye!\n"), what
+            assert result.err == "", what
+        shutil.rmtree(folder)
 
 
 # ------------------------------------------------------------------------------------------ Hosts
