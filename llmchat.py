@@ -1286,7 +1286,10 @@ class ThoughtFinder:
             self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
         switches = [{name: on} for name in SWITCHES if name in model.variables for on in (True, False)]
         self._switches: list[dict[str, bool]] = [{}, *switches]
-        self._prompts = [*filter(None, (self._probe("", "", "", **switch) for switch in self._switches))]
+
+    @functools.cached_property
+    def _prompts(self) -> list[str]:
+        return [*filter(None, (self._probe("", "", "", **switches) for switches in self._switches))]
 
     def find(self) -> ThoughtFormat:
         """Return the format; it is empty for a model that doesn't think."""

@@ -1194,6 +1194,13 @@ def test_the_welcome_names_the_bound_of_the_memory_and_force_lifts_it(demo, term
         assert "The memory" not in terminal(*arguments).output
 
 
+def test_without_history_a_reply_of_another_day_goes_on_without_the_turns_before_it(talk) -> None:
+    cut = [*COUNT.messages()[:1], {"role": "assistant", "content": "1, 2", "finish_reason": "length"}]
+    talks = [Talk(talk.model, [*before, *cut], history=False, max_tokens=1) for before in ([], ADA.messages())]
+    alone, after = (each.cost(lambda each=each: hear(each.resume())) for each in talks)
+    assert alone == after > 0
+
+
 def test_history_and_system_prompt_take_effect_at_once(talk) -> None:
     talk.expect(HELLO, ADA)
     talk.settings.history = False
@@ -1605,6 +1612,7 @@ def test_a_stopped_thought_goes_on_or_is_answered_at_the_cost_of_the_mark_alone(
     later = Talk(talk.model, talk.messages)
     assert hear(later.resume()) == (HURRY.thought.partition("three ")[2], HURRY.answer)
     assert later.messages[-1] == as_kept(HURRY, talk.family)[1]
+    assert hear(Talk(talk.model, talk.messages).resume(answer=True)) == ("", RUSHED.answer)
     rest = []
     assert talk.cost(lambda: rest.append(hear(talk.resume(), until="five"))) == 0
     assert rest == [("four five", "")]
