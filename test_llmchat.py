@@ -1608,18 +1608,19 @@ def test_a_stopped_thought_goes_on_or_is_answered_at_the_cost_of_the_mark_alone(
     talk = hurried
     assert hear(talk.reply(HURRY.prompt), until="three") == (RUSHED.cut, "")
     assert talk.messages[-1]["finish_reason"] == "interrupted"
+    mark, rest = talk.model.tokenizer.encode(talk.family.marks[1], add_special_tokens=False), []
     # Another day first, without a state; then from the live one.
-    later = Talk(talk.model, talk.messages)
-    assert hear(later.resume()) == (HURRY.thought.partition("three ")[2], HURRY.answer)
+    later, answered = (Talk(talk.model, talk.messages) for _ in range(2))
+    cost = later.cost(lambda: rest.append(hear(later.resume())))
+    assert rest[-1] == (HURRY.thought.partition("three ")[2], HURRY.answer)
     assert later.messages[-1] == as_kept(HURRY, talk.family)[1]
-    assert hear(Talk(talk.model, talk.messages).resume(answer=True)) == ("", RUSHED.answer)
-    rest = []
+    assert answered.cost(lambda: rest.append(hear(answered.resume(answer=True)))) == cost + len(mark)
+    assert rest[-1] == ("", RUSHED.answer)
     assert talk.cost(lambda: rest.append(hear(talk.resume(), until="five"))) == 0
-    assert rest == [("four five", "")]
+    assert rest[-1] == ("four five", "")
     assert hear(talk.resume()) == (HURRY.thought.partition("five ")[2], HURRY.answer)
     assert talk.messages[-1] == as_kept(HURRY, talk.family)[1]
     assert hear(talk.retry(), until="three") == (RUSHED.cut, "")
-    mark = talk.model.tokenizer.encode(talk.family.marks[1], add_special_tokens=False)
     assert talk.cost(lambda: rest.append(hear(talk.resume(answer=True)))) == len(mark)
     assert rest[-1] == ("", RUSHED.answer)
     assert talk.messages[-1] == as_kept(dataclasses.replace(HURRY, thought=RUSHED.cut), talk.family)[1]
