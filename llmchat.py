@@ -695,6 +695,12 @@ class Loader:
         self._settings, self._hosts = settings, hosts
         self._name = str(settings.model)
         self._folder = Path(os.path.expanduser(self._name))
+        self._in_hub = not (self._name and os.path.isdir(self._folder))
+        if self._in_hub and (not REPOSITORY.fullmatch(self._name) or self._folder.exists()):
+            name = shortened(self._name)
+            raise ChatError(f"'{name}' is neither a model folder nor a repository's name, such as {EXAMPLE_MODEL}.")
+        if settings.revision and not self._in_hub:
+            raise ChatError(f"{self._name} is a folder, which has no revisions: leave out --revision.")
         self._begin("looking for it")
 
     def progress(self) -> str:
@@ -714,10 +720,8 @@ class Loader:
     @quiet()
     def load(self) -> Model:
         """Return the model, from its folder, from the hub cache, or downloaded."""
-        if not (self._name and os.path.isdir(self._folder)):
+        if self._in_hub:
             self._find_in_hub()
-        elif self._settings.revision:
-            raise ChatError(f"{self._name} is a folder, which has no revisions: leave out --revision.")
         if not os.path.isdir(os.environ.get("TMPDIR", "/")):
             raise ChatError("TMPDIR names no folder, and MLX needs one: make it, or unset TMPDIR.")
         weights = sorted(self._folder.glob(WEIGHTS))
@@ -753,9 +757,6 @@ class Loader:
         return f"{what}. {mend}"
 
     def _find_in_hub(self) -> None:
-        if not REPOSITORY.fullmatch(self._name) or self._folder.exists():
-            name = shortened(self._name)
-            raise ChatError(f"'{name}' is neither a model folder nor a repository's name, such as {EXAMPLE_MODEL}.")
         self._folder = snapshot(self._name, self._settings.revision)
         if not missing_files(self._folder):
             return
