@@ -951,9 +951,9 @@ class PromptCache:
     """Owns the engine's state. Invariant: whenever no call is under way, it is the state of exactly `self.tokens`.
 
     Given a new prompt it goes to the longest prefix that it can reach, and only the rest is computed.
-    Plain KV caches are trimmed. Recurrent layers, and sliding windows once they have wrapped, can't be:
-    of those a copy is kept at a place that the next turn is known to share (a snapshot), and to go back is
-    to put the copy in place and trim the other layers to the same length. Resetting only some layers would
+    Plain KV caches are trimmed. Recurrent layers, chunks of attention, and sliding windows once they have wrapped,
+    can't be: of those a copy is kept at a place that the next turn is known to share (a snapshot), and to go back
+    is to put the copy in place and trim the other layers to the same length. Resetting only some layers would
     give wrong words. Whenever the state can't be known, it is dropped.
     """
 
