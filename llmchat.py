@@ -2882,11 +2882,9 @@ class Chat:
             self._signals.leave_if_due()
             self._screen.end_reply()
             self._screen.note("Stopped.")
-        self._signals.tearing = self._signals.replying = False
         self._keep()
 
     def _complain(self, error: ChatError) -> None:
-        self._signals.tearing = self._signals.replying = False
         self._screen.end_reply()
         self._screen.note(str(error), RED)
         self.failed = True
@@ -2972,18 +2970,20 @@ class Chat:
         wait = functools.partial(self._screen.wait, lambda: "stopping..." if self._signals.pressed else doing)
         wait()
         self._signals.tearing = True
-        # To close a reply is to stop it.
-        with contextlib.closing(pieces):
-            for piece in pieces:
-                self._signals.tearing, self._signals.replying = False, True
-                if piece.kind == "reading" and piece.text:
-                    doing = f"reading the prompt: {piece.text}"
-                self._screen.show(piece)
-                if piece.kind == "notice":
-                    wait()
-                if self._signals.pressed:
-                    break
-        self._signals.replying = False
+        try:
+            # To close a reply is to stop it.
+            with contextlib.closing(pieces):
+                for piece in pieces:
+                    self._signals.tearing, self._signals.replying = False, True
+                    if piece.kind == "reading" and piece.text:
+                        doing = f"reading the prompt: {piece.text}"
+                    self._screen.show(piece)
+                    if piece.kind == "notice":
+                        wait()
+                    if self._signals.pressed:
+                        break
+        finally:
+            self._signals.tearing = self._signals.replying = False
         self._screen.end_reply()
         self._end(self._conversation.statistics)
 
