@@ -80,6 +80,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, NamedTuple, TextIO
 from urllib.parse import quote, unquote
 
@@ -181,25 +182,17 @@ def shown_value(value: Any) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class Option(NamedTuple):
-    """A parameter as flags, config files and `/set` know it; `scope` says where else than as a flag it may be given."""
-
-    parse: Callable[[str], Any]
-    metavar: str | None
-    help: str
-    scope: str
-    flags: tuple[str, ...]
-
-
+# Where a parameter may be given.
 FLAG, FILE, CHAT = "on the command line", "before the chat", "anywhere"
 
 
 def option(
     default: Any, parse: Callable[[str], Any], metavar: str | None, help: str, scope: str = CHAT, *flags: str
 ) -> Any:
-    """Declare a parameter."""
-    shown = f"{help} (default {default})" if default and parse is not switch else help
-    return dataclasses.field(default=default, metadata={"option": Option(parse, metavar, shown, scope, flags)})
+    """Declare a parameter as flags, config files and `/set` know it."""
+    help += f" (default {default})" if default and parse is not switch else ""
+    about = SimpleNamespace(parse=parse, metavar=metavar, help=help, scope=scope, flags=flags)
+    return dataclasses.field(default=default, metadata={"option": about})
 
 
 @dataclasses.dataclass
@@ -294,9 +287,7 @@ class Settings:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
 
-OPTIONS: dict[str, Option] = {
-    field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata
-}
+OPTIONS = {field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata}
 
 # The parameters that a model's author may recommend.
 RECOMMENDABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
