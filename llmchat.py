@@ -230,10 +230,7 @@ class Settings:
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def change(self, key: str, text: str, source: str, scopes: Collection[str] = (FILE, CHAT)) -> str:
-        """Take `key = text` as a config file or `/set` says it; return the field's name.
-
-        Raises `ArgumentTypeError` for an unknown key or a bad value. `no-KEY` is a switch turned round.
-        """
+        """Take `key = text` as a config file or `/set` says it; return the field's name. Raises `ArgumentTypeError`."""
         name, negated = KEYS.get(key.lower().replace("_", "-"), ("", False))
         if not name:
             raise argparse.ArgumentTypeError(f"is no setting{did_you_mean(key, KEYS)}")
@@ -242,7 +239,7 @@ class Settings:
         if not text:
             raise argparse.ArgumentTypeError("needs a value")
         if text == "default":
-            setattr(self, name, getattr(Settings(), name))
+            setattr(self, name, getattr(Settings, name))
             self.sources.pop(name, None)
             return name
         value = OPTIONS[name].parse(text)
@@ -251,10 +248,7 @@ class Settings:
         return name
 
     def recommend(self, file: Path) -> str:
-        """Take a `generation_config.json` for all that the user gave no value for; return a sentence on what is new.
-
-        Raises `ChatError` if it can't be read, or holds a value that can't be taken.
-        """
+        """Take a `generation_config.json` where the user said nothing; say what is new. Raises `ChatError`."""
         with foreign(f"{file} can't be read: {{}}. Leave out --recommended."):
             config = json.loads(file.read_bytes())
             advice = {name: config.get(name) for name in RECOMMENDABLE}
@@ -267,13 +261,11 @@ class Settings:
         return f"Recommended for this model: {words}." * bool(new)
 
     def read(self, path: Path) -> None:
-        """Take in a file of `key = value` lines, if it is there.
-
-        A `#` first in a line, or between blanks, starts a comment. Raises `ChatError` naming file and line.
-        """
+        """Take in a file of `key = value` lines, if it is there. Raises `ChatError` naming file and line."""
         with foreign(f"{path} could not be read: {{}}. Mend or remove it.", status=2):
             lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
         for count, line in enumerate(lines, 1):
+            # A # first in a line, or between blanks, starts a comment.
             text = re.sub(r"^\s*#.*|\s#(\s.*)?$", "", line).strip()
             key, equals, value = (part.strip() for part in text.partition("="))
             with foreign(f"{path}:{count}: {key} {{}}", status=2):
@@ -338,10 +330,7 @@ def read_flags(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def read_settings(argv: Sequence[str] | None) -> Settings:
-    """Read the defaults, then the config files of the home and the working folder, then the flags.
-
-    Raises `ChatError` for a wrong config file; argparse itself leaves with 2 for wrong flags.
-    """
+    """Read the defaults, then the config files of the home and the working folder, then the flags."""
     flags = read_flags(argv)
     settings = Settings()
     for path in (Path(os.path.expanduser("~")) / CONFIG_FILE, Path(CONFIG_FILE)):
