@@ -364,27 +364,22 @@ class Hosts:
         """Return rank 0's value, which JSON can hold, on every host. Raises `EngineError` if another host is gone."""
         if self.size == 1:
             return value
-        data = json.dumps(value).encode() if self.rank == 0 else b""
-        length = int(self._sum(len(data)).item())
-        # One host gives bytes, the others as many zeros.
-        return json.loads(bytes(self._sum(bytearray(data or length))))
-
-    def _sum(self, value: Any) -> Any:
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
 
+        def all_sum(value: Any) -> Any:
+            return mx.distributed.all_sum(mx.array(value), group=self._group)
+
+        data = json.dumps(value).encode() if self.rank == 0 else b""
         # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
         with foreign("Another host is gone, so the chat can't go on: {}.", EngineError), mx.stream(generation_stream):
-            total: Any = mx.distributed.all_sum(mx.array(value), group=self._group)
-            mx.eval(total)
-        return total
+            length = int(all_sum(len(data)).item())
+            # One host gives bytes, the others as many zeros.
+            return json.loads(bytes(all_sum(bytearray(data or length))))
 
 
 def join_hosts() -> Hosts:
-    """Join the hosts that mlx.launch started, as the environment tells that it did; else return this one alone.
-
-    Raises `ChatError` where they can't be joined.
-    """
+    """Join the hosts that mlx.launch started, if the environment tells that it did; else return this one alone."""
     # The second is set by mpirun, which mlx.launch may start them with.
     if not {"MLX_RANK", "OMPI_COMM_WORLD_RANK"} & {*os.environ}:
         return Hosts()
