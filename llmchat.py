@@ -475,12 +475,11 @@ def read_ahead(files: Sequence[Path]) -> list[int]:
     read: list[int] = []
 
     def run() -> None:
-        buffer = bytearray(1 << 21)
         for file in files:
             # The load that follows says it if something is wrong with a file.
             with contextlib.suppress(OSError), open(file, "rb", buffering=0) as stream:
-                while count := stream.readinto(buffer):
-                    read.append(count)
+                while part := stream.read(1 << 21):
+                    read.append(len(part))
 
     threading.Thread(target=run, daemon=True).start()
     return read
@@ -636,6 +635,7 @@ class Model:
             return [token for part in parts for token in self.tokenizer.encode(part, add_special_tokens=False)]
 
 
+UNTRUSTED = "{} wants to run its own code: if you trust it, --trust-remote-code allows that."
 # The formats of weights that MLX can't load, by the ending of their files.
 OTHER_FORMATS = {".gguf": "GGUF", ".bin": "PyTorch", ".pt": "PyTorch", ".pth": "PyTorch", ".onnx": "ONNX"}
 # The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the like do talk.
@@ -725,18 +725,15 @@ class Loader:
         return repr([mlx_lm.__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
 
     def _broken(self, what: str) -> str:
-        repository = self._folder.parent.parent
-        mend = f"Put a whole copy of the model into {self._folder}."
-        if repository.parent == hub_cache():
-            mend = f"Remove {repository}, and it is downloaded again."
-        return f"{what}. {mend}"
+        if self._in_hub:
+            return f"{what}. Remove {self._folder.parent.parent}, and it is downloaded again."
+        return f"{what}. Put a whole copy of the model into {self._folder}."
 
     def _find_in_hub(self) -> None:
         self._folder = snapshot(self._name, self._settings.revision)
-        if not missing_files(self._folder):
-            return
         try:
-            self._download()
+            if missing_files(self._folder):
+                self._download()
         except KeyboardInterrupt as error:
             raise ChatError(f"The download of {self._name} was stopped. {KEPT}", 130) from error
         except ChatError:
@@ -759,10 +756,15 @@ class Loader:
         self._check_memory(sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS)))
         wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
         missing = sorted((file for file in wanted if not (self._folder / file).exists()), key=sizes.__getitem__)
-        self._check_disk(sum(map(sizes.__getitem__, missing)))
+        total, free = sum(map(sizes.__getitem__, missing)), shutil.disk_usage(self._folder).free
+        if total > free:
+            raise ChatError(
+                f"{name} does not fit on the disk: {total / GIB:.1f} GiB are still to be downloaded, where"
+                f" {hub_cache()} has {free / GIB:.1f} GiB free. {OTHER_DISK}"
+            )
         blobs = self._folder.parent.parent / "blobs"
         before = sizes_in(blobs)
-        self._begin("downloading", sum(map(sizes.__getitem__, missing)), lambda: sizes_in(blobs) - before)
+        self._begin("downloading", total, lambda: sizes_in(blobs) - before)
         # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C until
         # the files that its threads are at are done.
         for file in missing:
@@ -802,41 +804,34 @@ class Loader:
 
     def _check_config(self, files: Collection[str]) -> dict[str, Any]:
         """Return the configuration of a model that mlx-lm knows, that talks, and that brings no code to run."""
+        import mlx_lm.utils
+
         name = self._name
         with foreign(self._broken(f"config.json of {name} can't be read: {{}}")):
-            config = json.loads((self._folder / "config.json").read_bytes())
-        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            config: dict[str, Any] = json.loads((self._folder / "config.json").read_bytes())
+            model_type, architectures = config.get("model_type"), config.get("architectures") or []
+            silent = all(map(SILENT_ARCHITECTURE.search, architectures)) and architectures
+        if not isinstance(model_type, str):
             raise ChatError(f"config.json of {name} names no model_type, so mlx-lm can't load it. Name another model.")
-        listed = config.get("architectures")
-        architectures = [str(architecture) for architecture in listed] if isinstance(listed, list) else []
-        silent = bool(architectures) and all(map(SILENT_ARCHITECTURE.search, architectures))
         if ("modules.json" in files or silent) and not self._settings.force:
             raise ChatError(
                 f"{name} is made for embeddings or labels, not for talking: name a chat model such as {EXAMPLE_MODEL},"
                 " or try it all the same with --force."
             )
-        if config.get("model_file") is None:
-            self._check_model_type(config)
-        elif not self._settings.trust_remote_code:
-            # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
-            raise self._untrusted()
-        return config
-
-    def _untrusted(self) -> ChatError:
-        return ChatError(f"{self._name} wants to run its own code: if you trust it, --trust-remote-code allows that.")
-
-    def _check_model_type(self, config: dict[str, Any]) -> None:
-        import mlx_lm.utils
-
+        # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
+        if config.get("model_file") is not None and not self._settings.trust_remote_code:
+            raise ChatError(UNTRUSTED.format(name))
         # The look-up of mlx-lm's own `load`, which follows its tables of other names. A version that has moved it
         # says the same a little later, when it loads.
         look_up = getattr(mlx_lm.utils, "_get_classes", lambda config: None)
         images = "; it is a model for images" * ("vision_config" in config)
         with foreign(
-            f"{self._name} is of type {shortened(config['model_type'])}, which mlx-lm {mlx_lm.__version__} doesn't"
-            f" know{images}: update mlx-lm (the newest may need a newer Python), or name another model."
+            f"{name} is of type {shortened(model_type)}, which mlx-lm {mlx_lm.__version__} doesn't know{images}: update"
+            " mlx-lm (the newest may need a newer Python), or name another model."
         ):
-            look_up(config)
+            if config.get("model_file") is None:
+                look_up(config)
+        return config
 
     def _check_memory(self, weight_bytes: int) -> int:
         """Return the bytes that so many of weights leave to a conversation on each host, at least a little.
@@ -858,14 +853,6 @@ class Loader:
                 " more quantized one, or try it all the same with --force."
             )
         return max(usable - usable // 16 - share, usable // 16)
-
-    def _check_disk(self, missing_bytes: int) -> None:
-        free = shutil.disk_usage(self._folder).free
-        if missing_bytes > free:
-            raise ChatError(
-                f"{self._name} does not fit on the disk: {missing_bytes / GIB:.1f} GiB are still to be downloaded,"
-                f" where {hub_cache()} has {free / GIB:.1f} GiB free. {OTHER_DISK}"
-            )
 
     def _check_sharing(self, config: dict[str, Any]) -> None:
         if self._settings.adapter:
@@ -893,15 +880,16 @@ class Loader:
         try:
             loaded = load(str(self._folder), **{name: options[name] for name in options.keys() & known.keys()})
         except Exception as error:
-            words, adapter = one_line(error), self._settings.adapter
-            if self._hosts.size > 1 and "trust_remote_code" not in str(error):
-                raise EngineError(f"The hosts could not load {self._name} together: {words}.") from error
+            name, words, adapter = self._name, one_line(error), self._settings.adapter
+            missing = "".join(f". {file} is missing" for file in missing_files(self._folder)[:1])
+            sentence = self._broken(f"{name} could not be loaded: {words}{missing}")
             if "trust_remote_code" in str(error):
-                raise self._untrusted() from error
-            if adapter:
-                raise ChatError(f"{self._name} can't be loaded with {adapter}: {words}. Name another one.") from error
-            missing = "".join(f". {name} is missing" for name in missing_files(self._folder)[:1])
-            raise ChatError(self._broken(f"{self._name} could not be loaded: {words}{missing}")) from error
+                sentence = UNTRUSTED.format(name)
+            elif self._hosts.size > 1:
+                sentence = f"The hosts could not load {name} together: {words}."
+            elif adapter:
+                sentence = f"{name} can't be loaded with {adapter}: {words}. Name another one."
+            raise ChatError(sentence) from error
         return loaded[0], loaded[1]
 
 
