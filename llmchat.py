@@ -115,23 +115,18 @@ def shortened(text: str, most: int = 300) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return a foreign error's words on one short line without a full stop, never empty; this can't fail."""
-    with contextlib.suppress(Exception):
-        if words := shortened(getattr(error, "strerror", None) or str(error)).rstrip("."):
-            return words
-    return type(error).__name__
+    """Return a foreign error's words on one short line without a full stop, never empty."""
+    return shortened(str(getattr(error, "strerror", None) or error)).rstrip(".") or type(error).__name__
 
 
 @contextlib.contextmanager
 def foreign(sentence: str, kind: type[ChatError] = ChatError, status: int = 1) -> Iterator[None]:
-    """Turn an error of foreign code into a `ChatError`: `sentence`, with the error's words in place of `{}`.
-
-    A panic of a Rust library is no `Exception`; only what ends or stops the program passes.
-    """
+    """Turn an error of foreign code into a `ChatError`: `sentence`, with the error's words in place of `{}`."""
     try:
         yield
     except (ChatError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
+    # A panic of a Rust library is no `Exception`.
     except BaseException as error:
         raise kind(sentence.replace("{}", one_line(error)), status) from error
 
@@ -456,10 +451,7 @@ def cached_models() -> list[str]:
 
 
 def full_name(name: str) -> str:
-    """Return the repository that a name means: without the hub's address, with the case and the owner of a cached one.
-
-    Another case or a left out owner counts where just one repository in the hub cache has such a name.
-    """
+    """Return the repository that a name means: without the hub's address, with the case and owner of a cached one."""
     name = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/(models/)?([^/]+/[^/?#]+).*", r"\5", name)
     if not REPOSITORY.fullmatch(name) or Path(name).exists() or not missing_files(snapshot(name, None)):
         return name
@@ -468,10 +460,7 @@ def full_name(name: str) -> str:
 
 
 def read_ahead(files: Sequence[Path]) -> list[int]:
-    """Have weight files read into the page cache in the background, while the libraries are imported.
-
-    Returns a list that grows by the bytes of each part that was read.
-    """
+    """Have files read into the page cache by another thread; return a list that grows by the bytes of each part."""
     read: list[int] = []
 
     def run() -> None:
@@ -536,10 +525,7 @@ def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' chatter off the screen, and their questions from the user.
-
-    Errors come as exceptions, and are said once. transformers would ask whether a repository's code may run.
-    """
+    """Keep the libraries' chatter off the screen, and their questions (may this code run?) from the user."""
     import logging
 
     logging.disable(logging.ERROR)
@@ -601,10 +587,7 @@ class Model:
         return {*re.findall(r"(?<![.\w])\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", code))}
 
     def render(self, messages: Sequence[dict[str, Any]], prompted: bool = True, **variables: Any) -> str:
-        """Return the chat template's text for `messages`, if prompted up to where the reply starts.
-
-        Raises `ChatError` where the template does.
-        """
+        """Return the template's text for `messages`, if prompted up to where the reply starts. Raises `ChatError`."""
         # mlx-lm's wrapper tells every template to think; a user who said nothing gets the template's own
         # default, so the tokenizer inside is asked, unless mlx-lm brings the template along as a function.
         tokenizer = self.tokenizer if self._function else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
@@ -834,10 +817,7 @@ class Loader:
         return config
 
     def _check_memory(self, weight_bytes: int) -> int:
-        """Return the bytes that so many of weights leave to a conversation on each host, at least a little.
-
-        A sixteenth is for what a step of a prompt's reading takes, and for what MLX keeps at hand.
-        """
+        """Return the bytes that so many of weights leave to a conversation on each host, at least a little."""
         import mlx.core as mx
 
         usable = memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -852,6 +832,7 @@ class Loader:
                 f" {memory / GIB:.1f} GiB of memory, {usable / GIB:.1f} GiB of it usable for a model. Name a smaller or"
                 " more quantized one, or try it all the same with --force."
             )
+        # A sixteenth is for what a step of a prompt's reading takes, and for what MLX keeps at hand.
         return max(usable - usable // 16 - share, usable // 16)
 
     def _check_sharing(self, config: dict[str, Any]) -> None:
