@@ -66,6 +66,7 @@ import io
 import itertools
 import json
 import locale
+import logging
 import re
 import select
 import shlex
@@ -526,8 +527,6 @@ def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' chatter off the screen, and their questions (may this code run?) from the user."""
-    import logging
-
     logging.disable(logging.ERROR)
     with open(os.devnull, "r+") as nothing, contextlib.redirect_stdout(nothing), warnings.catch_warnings():
         stdin, sys.stdin = sys.stdin, nothing
@@ -558,13 +557,13 @@ class Model:
     net: Any
     tokenizer: Any
     context_length: int | None
-    hosts: Hosts = dataclasses.field(default_factory=Hosts)
+    hosts: Hosts
     # What was taken of the author's recommendations, in a sentence.
-    recommended: str = ""
+    recommended: str
     # All that a state which was computed with this model depends on.
-    fingerprint: str = ""
+    fingerprint: str
     # What the state of a conversation may take of the memory, on each host; None is no bound.
-    memory_bytes: int | None = None
+    memory_bytes: int | None
 
     @property
     def _function(self) -> Any:
@@ -675,6 +674,13 @@ class Loader:
     def _begin(self, doing: str, total_bytes: int = 0, done: Callable[[], int] = lambda: 0) -> None:
         self._doing, self._done, self._total, self._since_s = doing, done, total_bytes, time.monotonic()
 
+    @property
+    def _mlx_lm(self) -> Any:
+        with foreign(IMPORT_FAILURE):
+            import mlx_lm.utils
+
+        return mlx_lm
+
     @quiet()
     def load(self) -> Model:
         """Return the model, from its folder, from the hub cache, or downloaded."""
@@ -685,8 +691,6 @@ class Loader:
         weights = sorted(self._folder.glob(WEIGHTS))
         read = read_ahead(weights)
         self._begin("loading", done=lambda: sum(read))
-        with foreign(IMPORT_FAILURE):
-            import mlx_lm.utils  # noqa: F401
         config = self._check_folder(weights)
         net, tokenizer = self._load_engine()
         if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
@@ -699,13 +703,11 @@ class Loader:
 
     def _fingerprint(self) -> str:
         """Return the names, sizes and times of all files that shape the network, and mlx-lm's version."""
-        import mlx_lm.utils
-
         # Of a model in the hub cache the path names the commit.
         files = [file for pattern in (WEIGHTS, "*.json", "*.py") for file in self._folder.glob(pattern)]
         files += [*Path(self._settings.adapter).glob("adapter*")] if self._settings.adapter else []
         stats = [(str(file.absolute()), file.stat()) for file in sorted(files) if file.exists()]
-        return repr([mlx_lm.__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
+        return repr([self._mlx_lm.__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
 
     def _broken(self, what: str) -> str:
         if self._in_hub:
@@ -787,9 +789,7 @@ class Loader:
 
     def _check_config(self, files: Collection[str]) -> dict[str, Any]:
         """Return the configuration of a model that mlx-lm knows, that talks, and that brings no code to run."""
-        import mlx_lm.utils
-
-        name = self._name
+        name, mlx_lm = self._name, self._mlx_lm
         with foreign(self._broken(f"config.json of {name} can't be read: {{}}")):
             config: dict[str, Any] = json.loads((self._folder / "config.json").read_bytes())
             model_type, architectures = config.get("model_type"), config.get("architectures") or []
@@ -848,10 +848,9 @@ class Loader:
 
     def _load_engine(self) -> tuple[Any, Any]:
         """Return the network, or this host's share of it, and the tokenizer."""
-        import mlx_lm.utils
-
-        load: Any = mlx_lm.load if self._hosts.size == 1 else getattr(mlx_lm.utils, "sharded_load", None)
-        known = inspect.signature(load).parameters if load else {}
+        mlx_lm = self._mlx_lm
+        load = mlx_lm.load if self._hosts.size == 1 else getattr(mlx_lm.utils, "sharded_load", lambda: None)
+        known = inspect.signature(load).parameters
         if "tokenizer_config" not in known:
             # By itself an older `sharded_load` runs the code of any repository.
             raise ChatError(f"mlx-lm {mlx_lm.__version__} can't share a model among hosts safely: update it.")
@@ -859,7 +858,8 @@ class Loader:
         # Older versions know but one of the two ways to allow a repository's code, and only `load` an adapter.
         options = {"tokenizer_config": trust, "adapter_path": self._settings.adapter, **trust}
         try:
-            loaded = load(str(self._folder), **{name: options[name] for name in options.keys() & known.keys()})
+            net, tokenizer = load(str(self._folder), **{name: options[name] for name in options.keys() & known.keys()})
+            return net, tokenizer
         except Exception as error:
             name, words, adapter = self._name, one_line(error), self._settings.adapter
             missing = "".join(f". {file} is missing" for file in missing_files(self._folder)[:1])
@@ -871,7 +871,6 @@ class Loader:
             elif adapter:
                 sentence = f"{name} can't be loaded with {adapter}: {words}. Name another one."
             raise ChatError(sentence) from error
-        return loaded[0], loaded[1]
 
 
 # ---------------------------------------------------------------------------------- Prompt cache
