@@ -136,6 +136,8 @@ def foreign(sentence: str, kind: type[ChatError] = ChatError, status: int = 1) -
 
 
 CONFIG_FILE = ".llmchat_config"
+# Where a parameter may be given.
+FLAG, FILE, CHAT = "on the command line", "before the chat", "anywhere"
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
@@ -176,10 +178,6 @@ def effort(text: str) -> bool | str:
 def shown_value(value: Any) -> str:
     """Return a parameter's value as a config file would say it."""
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-# Where a parameter may be given.
-FLAG, FILE, CHAT = "on the command line", "before the chat", "anywhere"
 
 
 def option(
@@ -276,10 +274,8 @@ class Settings:
 
 
 OPTIONS = {field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata}
-
 # The parameters that a model's author may recommend.
 RECOMMENDABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
 # The field that each key sets, and whether the key turns a switch round.
 KEYS = {name.replace("_", "-"): (name, False) for name in OPTIONS}
 KEYS.update({f"no-{key}": (name, True) for key, (name, _) in KEYS.items() if OPTIONS[name].parse in (switch, effort)})
@@ -543,7 +539,6 @@ def quiet() -> Iterator[None]:
 
 # More than fits any model, of one prompt.
 MOST_CHARACTERS = 1 << 24
-
 # Breaks up text that spells a special token; no character that Unicode will ever have
 # (https://www.unicode.org/faq/private_use.html#nonchar4).
 BREAK = "\ufdd0"
@@ -625,6 +620,8 @@ SILENT_ARCHITECTURE = re.compile(r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtr
 # What configurations call the number of tokens that a model was made for, and its number of layers.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+# From here on a wait tells how long it takes.
+PATIENT_S = 5
 
 
 def first_size(config: dict[str, Any], keys: Sequence[str]) -> int | None:
@@ -639,10 +636,6 @@ def sizes_in(folder: Path) -> int:
     with contextlib.suppress(OSError):
         return sum(entry.stat().st_size for entry in os.scandir(folder))
     return 0
-
-
-# From here on a wait tells how long it takes.
-PATIENT_S = 5
 
 
 class Loader:
@@ -696,7 +689,7 @@ class Loader:
         if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
             advice = f"name its instruct-tuned sibling, or try {EXAMPLE_MODEL}."
             raise ChatError(f"{self._name} has no chat template, so it can't hold a conversation: {advice}")
-        room = None if self._settings.force else self._hosts.share(self._room)
+        room = None if self._settings.force else self._room
         advice = self._settings.recommend(self._folder / "generation_config.json") if self._settings.recommended else ""
         length, fingerprint = first_size(config, CONTEXT_KEYS), self._fingerprint()
         return Model(self._name, net, tokenizer, length, self._hosts, advice, fingerprint, room)
