@@ -292,12 +292,11 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, about in OPTIONS.items():
-        flags = [*about.flags, name if name == "model" else f"--{name.replace('_', '-')}"]
-        if about.parse is switch:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, help=about.help)
-            continue
-        how: dict[str, Any] = {"nargs": "?"} if name == "model" else {"action": "append"} if name == "file" else {}
-        parser.add_argument(*flags, type=about.parse, metavar=about.metavar, help=about.help, **how)
+        flag = name if name == "model" else f"--{name.replace('_', '-')}"
+        more: Any = {"model": {"nargs": "?"}, "file": {"action": "append"}}.get(name, {})
+        valued = {"type": about.parse, "metavar": about.metavar, **more}
+        how = {"action": argparse.BooleanOptionalAction} if about.parse is switch else valued
+        parser.add_argument(*about.flags, flag, help=about.help, **how)
     parser.add_argument("--no-think", dest="think", action="store_false", help="have it not think")
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
     return parser
