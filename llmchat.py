@@ -358,15 +358,13 @@ class Hosts:
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
 
-        def all_sum(value: Any) -> Any:
-            return mx.distributed.all_sum(mx.array(value), group=self._group)
-
+        all_sum: Any = functools.partial(mx.distributed.all_sum, group=self._group)
         data = json.dumps(value).encode() if self.rank == 0 else b""
         # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
         with foreign("Another host is gone, so the chat can't go on: {}.", EngineError), mx.stream(generation_stream):
-            length = int(all_sum(len(data)).item())
+            length = int(all_sum(mx.array(len(data))).item())
             # One host gives bytes, the others as many zeros.
-            return json.loads(bytes(all_sum(bytearray(data or length))))
+            return json.loads(bytes(all_sum(mx.array([*data] or [0] * length, mx.uint8))))
 
 
 def join_hosts() -> Hosts:
