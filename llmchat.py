@@ -765,8 +765,7 @@ class Loader:
         adapter = self._settings.adapter
         if adapter and not Path(adapter, "adapters.safetensors").exists():
             raise ChatError(f"There is no adapter in {adapter}: name a folder that holds an adapters.safetensors.")
-        if self._hosts.size > 1:
-            self._check_sharing(config)
+        self._check_sharing(config)
         return config
 
     def _check_names(self, files: Collection[str]) -> None:
@@ -826,7 +825,7 @@ class Loader:
         return max(usable - usable // 16 - share, usable // 16)
 
     def _check_sharing(self, config: dict[str, Any]) -> None:
-        if self._settings.adapter:
+        if self._settings.adapter and self._hosts.size > 1:
             raise ChatError("mlx-lm can't share an adapter among hosts: leave out --adapter, or use one host.")
         if self._hosts.share(config) != config:
             raise ChatError(f"{self._name} is another model here than on the first host.")
