@@ -61,6 +61,7 @@ import fcntl
 import fnmatch
 import functools
 import glob
+import importlib
 import inspect
 import io
 import itertools
@@ -400,21 +401,23 @@ NEEDED = (WEIGHTS, "*.json", "*.py", "*.txt", "*.jsonl", "*.jinja", "tokenizer.m
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 GIB = 1 << 30
 OTHER_DISK = "Make room for it, or set HF_HOME to a folder on another disk."
-IMPORT_FAILURE = (
-    "The libraries can't be loaded: {}. Look at the variables HF_... and MLX..., at ulimit -n (mlx-lm needs 4096), and"
-    " at the folder that you are in, or install anew."
-)
 KEPT = "Every finished file is kept; run the same command again to fetch the rest."
+
+
+def library(name: str) -> Any:
+    """Return a library's module, which is imported only now. Raises `ChatError`."""
+    with foreign(
+        "The libraries can't be loaded: {}. Look at the variables HF_... and MLX..., at ulimit -n (mlx-lm needs 4096),"
+        " and at the folder that you are in, or install anew."
+    ):
+        return importlib.import_module(name)
 
 
 def hub_cache() -> Path:
     """Return the folder in which huggingface-hub keeps models."""
     # One line of ours tells how far a download is.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with foreign(IMPORT_FAILURE):
-        from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
+    return Path(library("huggingface_hub.constants").HF_HUB_CACHE)
 
 
 def snapshot(name: str, revision: str | None) -> Path:
@@ -664,13 +667,6 @@ class Loader:
     def _begin(self, doing: str, total_bytes: int = 0, done: Callable[[], int] = lambda: 0) -> None:
         self._doing, self._done, self._total, self._since_s = doing, done, total_bytes, time.monotonic()
 
-    @property
-    def _mlx_lm(self) -> Any:
-        with foreign(IMPORT_FAILURE):
-            import mlx_lm.utils
-
-        return mlx_lm
-
     @quiet()
     def load(self) -> Model:
         """Return the model, from its folder, from the hub cache, or downloaded."""
@@ -697,7 +693,7 @@ class Loader:
         files = [file for pattern in (WEIGHTS, "*.json", "*.py") for file in self._folder.glob(pattern)]
         files += [*Path(self._settings.adapter).glob("adapter*")] if self._settings.adapter else []
         stats = [(str(file.absolute()), file.stat()) for file in sorted(files) if file.exists()]
-        return repr([self._mlx_lm.__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
+        return repr([library("mlx_lm").__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
 
     def _broken(self, what: str) -> str:
         if self._in_hub:
@@ -778,7 +774,7 @@ class Loader:
 
     def _check_config(self, files: Collection[str]) -> dict[str, Any]:
         """Return the configuration of a model that mlx-lm knows, that talks, and that brings no code to run."""
-        name, mlx_lm = self._name, self._mlx_lm
+        name, mlx_lm = self._name, library("mlx_lm")
         with foreign(self._broken(f"config.json of {name} can't be read: {{}}")):
             config: dict[str, Any] = json.loads((self._folder / "config.json").read_bytes())
             model_type, architectures = config.get("model_type"), config.get("architectures") or []
@@ -837,7 +833,7 @@ class Loader:
 
     def _load_engine(self) -> tuple[Any, Any]:
         """Return the network, or this host's share of it, and the tokenizer."""
-        mlx_lm = self._mlx_lm
+        mlx_lm = library("mlx_lm")
         load = mlx_lm.load if self._hosts.size == 1 else getattr(mlx_lm.utils, "sharded_load", lambda: None)
         known = inspect.signature(load).parameters
         if "tokenizer_config" not in known:
@@ -3132,8 +3128,7 @@ def load(settings: Settings, screen: Screen, hosts: Hosts, signals: Signals) -> 
     screen.wait(loader.progress)
     # MLX aborts the process, and leaves the terminal as it is, if a signal raises while it is imported.
     signals.held = True
-    with foreign(IMPORT_FAILURE):
-        import mlx.core  # noqa: F401
+    library("mlx.core")
     signals.held = False
     signals.leave_if_due()
     model = loader.load()
