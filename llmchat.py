@@ -122,15 +122,16 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def foreign(sentence: str, kind: type[ChatError] = ChatError, status: int = 1) -> Iterator[None]:
-    """Turn an error of foreign code into a `ChatError`: `sentence`, with the error's words in place of `{}`."""
+def foreign(sentence: str | Callable[..., str], kind: type[ChatError] = ChatError, status: int = 1) -> Iterator[None]:
+    """Turn an error of foreign code into a `ChatError`: `sentence` of it, or with its words in place of `{}`."""
     try:
         yield
     except (ChatError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     # A panic of a Rust library is no `Exception`.
     except BaseException as error:
-        raise kind(sentence.replace("{}", one_line(error)), status) from error
+        said = sentence.replace("{}", one_line(error)) if isinstance(sentence, str) else sentence(error)
+        raise kind(said, status) from error
 
 
 # -------------------------------------------------------------------------------------- Settings
@@ -701,16 +702,14 @@ class Loader:
         return f"{what}. Put a whole copy of the model into {self._folder}."
 
     def _find_in_hub(self) -> None:
-        self._folder = snapshot(self._name, self._settings.revision)
+        name, revision = self._name, self._settings.revision
+        self._folder = snapshot(name, revision)
         try:
-            if missing_files(self._folder):
-                self._download()
+            with foreign(functools.partial(hub_failure, name, revision)):
+                if missing_files(self._folder):
+                    self._download()
         except KeyboardInterrupt as error:
-            raise ChatError(f"The download of {self._name} was stopped. {KEPT}", 130) from error
-        except ChatError:
-            raise
-        except Exception as error:
-            raise ChatError(hub_failure(self._name, self._settings.revision, error)) from error
+            raise ChatError(f"The download of {name} was stopped. {KEPT}", 130) from error
 
     def _download(self) -> None:
         """Fetch what is missing of the repository into the hub cache, once it is known to be of use."""
@@ -842,20 +841,20 @@ class Loader:
         trust = {"trust_remote_code": self._settings.trust_remote_code}
         # Older versions know but one of the two ways to allow a repository's code, and only `load` an adapter.
         options = {"tokenizer_config": trust, "adapter_path": self._settings.adapter, **trust}
-        try:
+        with foreign(self._load_failure):
             net, tokenizer = load(str(self._folder), **{name: options[name] for name in options.keys() & known.keys()})
-            return net, tokenizer
-        except Exception as error:
-            name, words, adapter = self._name, one_line(error), self._settings.adapter
-            missing = "".join(f". {file} is missing" for file in missing_files(self._folder)[:1])
-            sentence = self._broken(f"{name} could not be loaded: {words}{missing}")
-            if "trust_remote_code" in str(error):
-                sentence = UNTRUSTED.format(name)
-            elif self._hosts.size > 1:
-                sentence = f"The hosts could not load {name} together: {words}."
-            elif adapter:
-                sentence = f"{name} can't be loaded with {adapter}: {words}. Name another one."
-            raise ChatError(sentence) from error
+        return net, tokenizer
+
+    def _load_failure(self, error: BaseException) -> str:
+        name, words, adapter = self._name, one_line(error), self._settings.adapter
+        if "trust_remote_code" in str(error):
+            return UNTRUSTED.format(name)
+        if self._hosts.size > 1:
+            return f"The hosts could not load {name} together: {words}."
+        if adapter:
+            return f"{name} can't be loaded with {adapter}: {words}. Name another one."
+        missing = "".join(f". {file} is missing" for file in missing_files(self._folder)[:1])
+        return self._broken(f"{name} could not be loaded: {words}{missing}")
 
 
 # ---------------------------------------------------------------------------------- Prompt cache
