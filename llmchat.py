@@ -81,6 +81,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, NamedTuple, TextIO
@@ -1795,25 +1796,6 @@ def as_markdown(messages: Iterable[Message]) -> bytes:
     return "\n\n".join([*parts, ""]).encode(errors="replace")
 
 
-def read_messages(lines: Iterable[bytes]) -> list[Message]:
-    """Read the messages in the lines of a session, with whatever further keys they have. Raises `ValueError`."""
-    messages: list[Message] = []
-    for count, line in enumerate(lines, 1):
-        allowed = ["assistant"] if messages and messages[-1]["role"] == "user" else ["user"]
-        try:
-            message = json.loads(line)
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-                raise ValueError("this is no message with a content")
-            if not isinstance(message.get("reasoning_content", ""), str):
-                raise ValueError("its reasoning_content is no text")
-            if message.get("role") not in (allowed if messages else ["system", "user"]):
-                raise ValueError(f"the role must be {' or '.join(allowed)}")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {count}: {one_line(error)}") from error
-        messages.append(message)
-    return messages
-
-
 class SessionFile:
     """A conversation on disk, one message a line, mode 0600; only one chat at a time has it.
 
@@ -1823,24 +1805,34 @@ class SessionFile:
     def __init__(self, path: Path) -> None:
         """Open or create the file, and read it. Raises `ChatError`, with the file untouched, if it is no session."""
         self._path = path
-        try:
+        # The file beside this one that holds the engine's state after the messages, if that was kept.
+        self.state = path.parent / f"{path.name}.state.safetensors"
+        with foreign(f"{path} can't be used as a session: {{}}. Name another file."):
             self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
-            self.written_s = os.fstat(self._file.fileno()).st_mtime
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.messages = read_messages(self._file)
-        except BlockingIOError as error:
+        self.written = datetime.fromtimestamp(os.fstat(self._file.fileno()).st_mtime)
+        try:
+            with foreign(f"{path} is in use by another chat ({{}}): leave that one, or name another file."):
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.messages = self._read()
+        except ChatError:
             self.close()
-            raise ChatError(f"{path} is in use by another chat: leave that one, or name another file.") from error
-        except OSError as error:
-            raise ChatError(f"{path} can't be used as a session: {error.strerror}. Name another file.") from error
-        except ValueError as error:
-            self.close()
-            raise ChatError(f"{path} is no session of llmchat: {error}. Name another file.") from error
+            raise
 
-    @property
-    def state(self) -> Path:
-        """The file beside this one that holds the engine's state after the messages, if that was kept."""
-        return self._path.with_name(f"{self._path.name}.state.safetensors")
+    def _read(self) -> list[Message]:
+        """Read the messages, with whatever further keys they have."""
+        messages: list[Message] = []
+        roles = ["system", "user"]
+        for count, line in enumerate(io.BytesIO(self._file.readall()), 1):
+            with foreign(f"{self._path} is no session of llmchat: line {count}: {{}}. Name another file."):
+                message = json.loads(line)
+                if not isinstance(message, dict) or message.get("role") not in roles:
+                    raise ValueError(f"this is no message with the role {' or '.join(roles)}")
+                texts = (message.get("content"), message.get("reasoning_content", ""))
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError("its content is no text")
+            messages.append(message)
+            roles = ["assistant"] if message["role"] == "user" else ["user"]
+        return messages
 
     def close(self) -> None:
         """Let others have the file."""
@@ -3144,9 +3136,9 @@ def welcome(screen: Screen, settings: Settings, session: SessionFile | None, tur
         screen.note(f"{Path(str(settings.model)).name} · /help lists the commands · {leave}")
     if session and turns:
         count = f"{len(turns) // 2} turn{'s' * (len(turns) > len('ab'))}"
-        moment = time.localtime(session.written_s)
-        day = time.strftime("today, %H:%M" if moment[:3] == time.localtime()[:3] else "%Y-%m-%d, %H:%M", moment)
-        screen.note(f"Going on with {count} of {settings.session or day}.")
+        day = session.written.date()
+        moment = f"{'today' if day == datetime.now().date() else day}, {session.written:%H:%M}"
+        screen.note(f"Going on with {count} of {settings.session or moment}.")
         if screen.watched:
             screen.note("\n".join(message["content"] for message in turns[-2:]))
 
