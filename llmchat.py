@@ -1848,21 +1848,23 @@ class SessionFile:
         self.messages = list(messages)
 
 
+@dataclasses.dataclass
 class KeptChats:
     """The last conversations, each in a session file named by its time and its model, readable by the user alone."""
 
     # States are large, and a chat hardly ever goes on with any but the last of its model.
     MOST, STATES = 50, 5
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.jsonl"), key=lambda file: file.stat().st_mtime, reverse=True)
+    def _files(self, model: str = "*") -> list[Path]:
+        """Return the files of the conversations with a model, as their names have it; the last one comes first."""
+        files = self.folder.glob(f"* {model}.jsonl")
+        return sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
 
     @staticmethod
-    def _key(model: str) -> str:
-        """Return the part of a file's name that names the model, wherever the program is started."""
+    def _quoted(model: str) -> str:
+        """Return a model as the name of a file has it, the same wherever the program is started."""
         folder = Path(os.path.expanduser(model))
         return quote(str(folder.resolve()) if folder.is_dir() else model, safe="")
 
@@ -1871,20 +1873,17 @@ class KeptChats:
         with foreign(f"{self.folder} can't be used to keep conversations: {{}}."):
             self.folder.mkdir(mode=0o700, exist_ok=True)
             files = self._files()
-            for file in files[self.MOST - 1 :]:
+            states = [state for file in files[self.STATES - 1 :] for state in self.folder.glob(f"{file.name}.*")]
+            for file in [*states, *files[self.MOST - 1 :]]:
                 file.unlink(missing_ok=True)
-            for beside in (each for file in files[self.STATES - 1 :] for each in self.folder.glob(f"{file.name}.*")):
-                beside.unlink(missing_ok=True)
-        moment = f"{time.strftime('%Y-%m-%d %H.%M.%S')}.{time.time_ns() % 1_000_000_000:09}"
-        return SessionFile(self.folder / f"{moment} {self._key(model)}.jsonl")
+        return SessionFile(self.folder / f"{datetime.now():%Y-%m-%d %H.%M.%S.%f} {self._quoted(model)}.jsonl")
 
     def latest(self, model: str | None, warn: Callable[[str], None]) -> tuple[SessionFile, str]:
         """Return the last conversation, of this model if one is named, and its model. Raises `ChatError`."""
-        for file in self._files():
-            key = file.stem.partition(" ")[2].partition(" ")[2]
-            if file.stat().st_size and (model is None or key == self._key(model)):
+        for file in self._files(self._quoted(model) if model else "*"):
+            if file.stat().st_size:
                 try:
-                    return SessionFile(file), model or unquote(key)
+                    return SessionFile(file), model or unquote(file.stem.rpartition(" ")[2])
                 except ChatError as error:
                     warn(f"Passed over: {error}")
         raise ChatError(f"There is no conversation{f' with {model}' if model else ''} in {self.folder} to go on with.")
