@@ -2565,7 +2565,24 @@ class LineEditor:
 
 
 LEAVE_WORDS = ("quit", "bye", "exit")
+# What may follow each command, and what it does; the method of `Chat` with its name obeys it.
+COMMANDS = {
+    "/help": ("", "List the commands"),
+    "/clear": ("", "Start a new conversation; /undo brings this one back"),
+    "/retry": ("", "Say the last reply again"),
+    "/undo": ("", "Take the last turn back and edit its prompt"),
+    "/continue": ("", "Go on with a reply that was cut or stopped"),
+    "/answer": ("", "Close a thought that was cut or stopped: the answer begins"),
+    "/system": ("[TEXT]", "Show or set the system prompt; - removes it"),
+    "/set": ("[KEY VALUE]", "List the settings, show one, or change it; the value default puts it back"),
+    "/stats": ("[on|off]", "Show statistics after each reply, or no longer"),
+    "/file": ("[PATH ...]", "Put files before the next prompt; - drops them"),
+    "/edit": ("[TEXT]", "Edit TEXT, or the last prompt, in $VISUAL or $EDITOR"),
+    "/copy": ("[code [N]]", "Copy the last answer, or its last or Nth block of code"),
+    "/save": ("FILE", "Write the conversation: NAME.md as Markdown, else as --session does"),
+}
 KEYS_HELP = (
+    (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
     ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line"),
     ("Up, Ctrl+R, Tab", "earlier prompts; find one; complete commands and file names"),
     ('Alt+Enter, """', "a new line (not with libedit); begin and end a prompt of several lines"),
@@ -2649,27 +2666,6 @@ class Signals:
                 raise KeyboardInterrupt
 
 
-class Command(NamedTuple):
-    """A command as `/help`, completion and the README know it, and the method that obeys it."""
-
-    arguments: str
-    help: str
-    obey: Callable[[Chat, str], None]
-
-
-COMMANDS: dict[str, Command] = {}
-
-
-def command(arguments: str = "") -> Callable[[Callable[[Chat, str], None]], Callable[[Chat, str], None]]:
-    """Declare a method of `Chat` as a command: its name is the word, its docstring the help."""
-
-    def declare(method: Callable[[Chat, str], None]) -> Callable[[Chat, str], None]:
-        COMMANDS["/" + method.__name__.strip("_")] = Command(arguments, str(method.__doc__).rstrip("."), method)
-        return method
-
-    return declare
-
-
 def completions(line: str) -> list[str]:
     """Return the lines that Tab may make of a line's beginning: commands, keys of `/set`, file names, or just a tab."""
     if not line.startswith("/"):
@@ -2677,7 +2673,7 @@ def completions(line: str) -> list[str]:
     word, space, rest = line.partition(" ")
     wholes: Iterable[str] = ()
     if not space:
-        wholes = (f"{name} " if about.arguments else name for name, about in COMMANDS.items())
+        wholes = (f"{name} " if arguments else name for name, (arguments, _) in COMMANDS.items())
     elif word == "/set":
         wholes = (f"/set {key} " for key, (name, no) in KEYS.items() if OPTIONS[name].scope is CHAT and not no)
     elif word in ("/save", "/file"):
@@ -2814,9 +2810,9 @@ class Chat:
             # A pasted block is never a command.
             word = ""
         if word in COMMANDS:
-            if rest and not COMMANDS[word].arguments:
+            if rest and not COMMANDS[word][0]:
                 raise ChatError(f"{word} takes no text: nothing was done. To send a line that starts with /, type //.")
-            COMMANDS[word].obey(self, rest.strip())
+            getattr(self, word.replace("/", "_"))(rest.strip())
         elif re.fullmatch(r"/[a-z]+", word):
             hint = did_you_mean(word, COMMANDS) or "; /help lists them."
             raise ChatError(f"There is no command {word}{hint} To send a line that starts with /, type //.")
@@ -2925,58 +2921,44 @@ class Chat:
         if ended and self._settings.stats:
             self._screen.note(statistics.line())
 
-    @command()
     def _help(self, rest: str) -> None:
-        """List the commands."""
-        rows = [(f"{name} {about.arguments}".strip(), about.help) for name, about in COMMANDS.items()]
-        rows += [(", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"), *KEYS_HELP]
-        width = max(len(left) for left, _ in rows)
-        self._screen.write("".join(f"{left:{width}}  {right}\n" for left, right in rows))
+        commands = [(f"{name} {arguments}", does) for name, (arguments, does) in COMMANDS.items()]
+        self._write_table([*commands, *KEYS_HELP])
 
-    @command()
     def _clear(self, rest: str) -> None:
-        """Start a new conversation; /undo brings this one back."""
         self._set_aside()
         self._conversation.clear()
         self._screen.note("A new conversation.")
 
-    @command()
     def _retry(self, rest: str) -> None:
-        """Say the last reply again."""
         self._show(self._conversation.retry())
 
-    @command()
     def _undo(self, rest: str) -> None:
-        """Take the last turn back and edit its prompt."""
         prompt = self._conversation.undo()
         self.draft = as_typed(prompt)
         self._screen.note("The last turn is taken back." if prompt else "The conversation is back.")
 
-    @command()
     def _continue(self, rest: str) -> None:
-        """Go on with a reply that was cut or stopped."""
         self._show(self._conversation.resume())
 
-    @command()
     def _answer(self, rest: str) -> None:
-        """Close a thought that was cut or stopped: the answer begins."""
         self._show(self._conversation.resume(answer=True))
 
-    @command("[TEXT]")
     def _system(self, rest: str) -> None:
-        """Show or set the system prompt; - removes it."""
         if rest:
             self._set(f"system {rest}")
         else:
             self._screen.write(f"{cleaned(self._settings.system or 'There is no system prompt.')}\n")
 
-    @command("[KEY VALUE]")
     def _set(self, rest: str) -> None:
-        """List the settings, show one, or change it; the value default puts it back."""
         key, value = [*re.split(r"[\s=]+", rest, maxsplit=1), ""][:2]
         name = KEYS.get(key.lower().replace("_", "-"), ("", False))[0]
-        if not value and (not key or name):
-            self._list_settings([name] if name else [name for name in OPTIONS if OPTIONS[name].scope is CHAT])
+        if not value and (name or not key):
+            rows = []
+            for each in [name] if name else [each for each in OPTIONS if OPTIONS[each].scope is CHAT]:
+                value = cleaned(shown_value(getattr(self._settings, each)))
+                rows.append((each.replace("_", "-"), value, self._settings.sources.get(each, "default")))
+            self._write_table(rows)
             return
         if name == "system":
             self._set_aside()
@@ -2990,14 +2972,10 @@ class Chat:
         if name == "think" and (doubt := self._conversation.doubt()):
             self._screen.note(doubt)
 
-    @command("[on|off]")
     def _stats(self, rest: str) -> None:
-        """Show statistics after each reply, or no longer."""
         self._set(f"stats {rest or ('off' if self._settings.stats else 'on')}")
 
-    @command("[PATH ...]")
     def _file(self, rest: str) -> None:
-        """Put files before the next prompt; - drops them."""
         with foreign(f"/file {shortened(rest)}: {{}}"):
             words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
         if words == ["-"]:
@@ -3017,9 +2995,7 @@ class Chat:
         held = "\n".join(message["content"] for message in self._conversation.messages) if once else ""
         self._files += [text for pattern in patterns for text in read_texts(pattern) if not once or text not in held]
 
-    @command("[TEXT]")
     def _edit(self, rest: str) -> None:
-        """Edit TEXT, or the last prompt, in $VISUAL or $EDITOR."""
         program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
         before = [message["content"] for message in self._conversation.messages if message["role"] == "user"]
         with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self._editor.lent():
@@ -3032,9 +3008,7 @@ class Chat:
             raise ChatError(f"{program} ended with status {status}: nothing is taken from it.")
         self.draft = as_typed(text)
 
-    @command("[code [N]]")
     def _copy(self, rest: str) -> None:
-        """Copy the last answer, or its last or Nth block of code."""
         if not self._conversation.messages:
             raise ChatError("There is no answer to copy.")
         text = self._conversation.messages[-1]["content"].strip()
@@ -3046,9 +3020,7 @@ class Chat:
             text = blocks[int(asked[1] or len(blocks)) - 1][1]
         self._screen.note(put_in_clipboard(text, self._screen))
 
-    @command("FILE")
     def _save(self, rest: str) -> None:
-        """Write the conversation: NAME.md as Markdown, else as --session does."""
         if not rest:
             raise ChatError("/save needs the name of a file.")
         if self._conversation.hosts.rank:
@@ -3061,12 +3033,10 @@ class Chat:
             replace_file(path, written(self._settings.with_system(self._conversation.messages))).close()
         self._screen.note(f"{len(self._conversation.messages)} messages are in {path}.")
 
-    def _list_settings(self, names: Sequence[str]) -> None:
-        rows = [(name, shown_value(getattr(self._settings, name)), self._settings.sources.get(name)) for name in names]
-        widths = [max(len(str(row[n])) for row in rows) for n in (0, 1)]
-        for name, value, source in rows:
-            key = name.replace("_", "-")
-            self._screen.write(f"{key:{widths[0]}}  {cleaned(value):{widths[1]}}  {source or 'default'}\n")
+    def _write_table(self, rows: Sequence[Sequence[str]]) -> None:
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            self._screen.write("  ".join(map(str.ljust, row, widths)).rstrip() + "\n")
 
 
 def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
