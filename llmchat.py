@@ -2725,30 +2725,24 @@ def as_typed(prompt: str) -> str:
     return "/" + prompt if prompt.startswith("/") else prompt
 
 
+@dataclasses.dataclass
 class Chat:
     """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        screen: Screen,
-        editor: LineEditor,
-        settings: Settings,
-        session: SessionFile | None = None,
-        kept: KeptChats | None = None,
-        signals: Signals | None = None,
-    ) -> None:
-        self._conversation = conversation
-        self._screen, self._editor = screen, editor
-        self._settings = settings
-        self._session, self._kept = session, kept
-        self._signals = signals or Signals()
-        # An error was said; the session could not be written last time.
-        self.failed = self._unkept = False
-        # The texts of files that go before the next prompt.
-        self._files: list[str] = []
-        # The text that stands in the next line for editing.
-        self.draft = ""
+    conversation: Conversation
+    screen: Screen
+    editor: LineEditor
+    settings: Settings
+    session: SessionFile | None = None
+    kept: KeptChats | None = None
+    signals: Signals = dataclasses.field(default_factory=Signals)
+    # The texts of files that go before the next prompt.
+    files: list[str] = dataclasses.field(default_factory=list)
+    # The text that stands in the next line for editing.
+    draft: str = ""
+    # An error was said; the session could not be written last time.
+    failed: bool = False
+    unkept: bool = False
 
     def run(self) -> None:
         """Talk until the user leaves."""
@@ -2759,48 +2753,48 @@ class Chat:
             except EOFError:
                 break
             except KeyboardInterrupt:
-                self._signals.leave_if_due()
-                again, leaving = leaving, not self._editor.typed()
+                self.signals.leave_if_due()
+                again, leaving = leaving, not self.editor.typed()
                 if again and leaving:
                     break
                 if leaving:
-                    self._screen.note("Press Ctrl+C again to leave, or type quit.")
+                    self.screen.note("Press Ctrl+C again to leave, or type quit.")
                 continue
             leaving = False
             if prompt.lower().removeprefix("/") in LEAVE_WORDS:
                 break
             if prompt:
                 self._respond(prompt)
-        self._screen.write("Goodbye!\n")
+        self.screen.write("Goodbye!\n")
 
     def _read(self) -> str:
         draft, self.draft = self.draft, ""
-        self._signals.leave_if_due()
-        self._signals.pressed, self._signals.tearing = False, True
+        self.signals.leave_if_due()
+        self.signals.pressed, self.signals.tearing = False, True
         try:
-            return self._editor.read_prompt(draft)
+            return self.editor.read_prompt(draft)
         finally:
-            self._signals.tearing = False
+            self.signals.tearing = False
 
     def _respond(self, prompt: str) -> None:
-        self._editor.remember(prompt)
+        self.editor.remember(prompt)
         try:
             self._obey(prompt)
         except ChatError as error:
-            self._signals.leave_if_due()
+            self.signals.leave_if_due()
             # An error is said, and the chat goes on, but where other hosts don't know of it.
-            if isinstance(error, EngineError) and self._conversation.hosts.size > 1:
+            if isinstance(error, EngineError) and self.conversation.hosts.size > 1:
                 raise
             self._complain(error)
         except KeyboardInterrupt:
-            self._signals.leave_if_due()
-            self._screen.end_reply()
-            self._screen.note("Stopped.")
+            self.signals.leave_if_due()
+            self.screen.end_reply()
+            self.screen.note("Stopped.")
         self._keep()
 
     def _complain(self, error: ChatError) -> None:
-        self._screen.end_reply()
-        self._screen.note(str(error), RED)
+        self.screen.end_reply()
+        self.screen.note(str(error), RED)
         self.failed = True
 
     def _obey(self, prompt: str) -> None:
@@ -2823,21 +2817,21 @@ class Chat:
 
     def say(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
-        before, prompt = self._conversation.messages, "\n\n".join([*self._files, prompt])
+        before, prompt = self.conversation.messages, "\n\n".join([*self.files, prompt])
         # The prompt of a chat is written down before its reply comes: a crash loses only the reply.
-        if self._settings.prompt is None:
+        if self.settings.prompt is None:
             self._keep({"role": "user", "content": prompt})
         try:
-            self._show(self._conversation.reply(prompt))
+            self._show(self.conversation.reply(prompt))
         finally:
-            if self._conversation.messages is not before:
-                self._files, self.draft = [], ""
+            if self.conversation.messages is not before:
+                self.files, self.draft = [], ""
                 self._keep()
 
     def say_once(self, prompt: str) -> int:
         """Show the one reply; return the exit status. Raises `ChatError`, also for a thought without an answer."""
         self.say(prompt)
-        reply = self._conversation.messages[-1]
+        reply = self.conversation.messages[-1]
         if "finish_reason" in reply and not reply["content"]:
             raise ChatError("The reply ended within its thought: --max-thought-tokens closes that sooner.")
         if not reply["content"].strip():
@@ -2846,80 +2840,80 @@ class Chat:
 
     def _keep(self, *asked: Message) -> None:
         """Write the conversation down. That it can't be written is said once, and the chat goes on."""
-        turns = [*self._conversation.messages, *asked]
+        turns = [*self.conversation.messages, *asked]
         try:
-            if self._session is None and self._kept and turns:
-                self._session = self._kept.begin(str(self._settings.model))
-            if self._session:
+            if self.session is None and self.kept and turns:
+                self.session = self.kept.begin(str(self.settings.model))
+            if self.session:
                 # A system prompt by itself is no conversation to go on with.
-                self._session.save(self._settings.with_system(turns) if turns or self._settings.session else [])
-            self._unkept = False
+                self.session.save(self.settings.with_system(turns) if turns or self.settings.session else [])
+            self.unkept = False
         except ChatError as error:
-            if not self._unkept:
+            if not self.unkept:
                 self._complain(error)
-            self._unkept = True
+            self.unkept = True
 
     def close(self) -> None:
         """Keep the engine's state beside the session, if that is wanted."""
-        if not (self._settings.keep_state and self._session and self._conversation.hosts.size == 1):
+        if not (self.settings.keep_state and self.session and self.conversation.hosts.size == 1):
             return
-        self._screen.wait(lambda: "keeping the state")
+        self.screen.wait(lambda: "keeping the state")
         try:
-            self._conversation.keep_state(self._session.state)
+            self.conversation.keep_state(self.session.state)
         except Exception as error:
             # Only time is lost, and it must not hide why the chat is left, perhaps with the terminal gone.
             with contextlib.suppress(OSError):
-                self._screen.note(f"The state is not kept: {reason(error)}.")
+                self.screen.note(f"The state is not kept: {reason(error)}.")
 
     def _set_aside(self) -> None:
         """Keep the conversation as it is on disk now in a file of its own: what follows is another one."""
-        if self._session and self._session.messages and self._kept:
-            aside = self._kept.begin(str(self._settings.model))
-            aside.save(self._session.messages)
+        if self.session and self.session.messages and self.kept:
+            aside = self.kept.begin(str(self.settings.model))
+            aside.save(self.session.messages)
             aside.close()
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
-        self._screen.hide_thoughts, self._screen.plain = self._settings.hide_thoughts, self._settings.plain
+        self.screen.hide_thoughts, self.screen.plain = self.settings.hide_thoughts, self.settings.plain
         doing = "reading the prompt"
-        wait = functools.partial(self._screen.wait, lambda: "stopping..." if self._signals.pressed else doing)
+        wait = functools.partial(self.screen.wait, lambda: "stopping..." if self.signals.pressed else doing)
         wait()
-        self._signals.tearing = True
+        self.signals.tearing = True
         try:
             # To close a reply is to stop it.
             with contextlib.closing(pieces):
                 for piece in pieces:
-                    self._signals.tearing, self._signals.replying = False, True
+                    self.signals.tearing, self.signals.replying = False, True
                     if piece.kind == "reading" and piece.text:
                         doing = f"reading the prompt: {piece.text}"
-                    self._screen.show(piece)
+                    self.screen.show(piece)
                     if piece.kind == "notice":
                         wait()
-                    if self._signals.pressed:
+                    if self.signals.pressed:
                         break
         finally:
-            self._signals.tearing = self._signals.replying = False
-        self._screen.end_reply()
-        self._end(self._conversation.statistics)
+            self.signals.tearing = self.signals.replying = False
+        self.screen.end_reply()
+        self._end(self.conversation.statistics)
 
     def _end(self, statistics: Statistics) -> None:
         """Say how a reply ended, where that is not plain to see."""
-        reply: Message = self._conversation.messages[-1] if self._conversation.messages else {}
+        reply: Message = self.conversation.messages[-1] if self.conversation.messages else {}
         ended, said = statistics.finish_reason, statistics.generation_tokens
         goes_on = "/continue goes on"
         if statistics.full:
             goes_on = "the context is full"
-        elif self._settings.prompt is not None:
+        elif self.settings.prompt is not None:
             goes_on = "--max-tokens allows more"
         elif "reasoning_content" in reply and not reply["content"]:
             goes_on = "/continue goes on, /answer ends the thought"
-        if self._signals.pressed and ended != "stop":
-            self._screen.note(f"Stopped; {goes_on}." if said else "Stopped.")
+        if self.signals.pressed and ended != "stop":
+            self.screen.note(f"Stopped; {goes_on}." if said else "Stopped.")
         elif ended == "length":
-            self._screen.note(f"Cut at {statistics.answer_tokens or said} tokens; {goes_on}.")
+            self.screen.note(f"Cut at {statistics.answer_tokens or said} tokens; {goes_on}.")
         elif ended == "stop" and not reply["content"].strip():
-            self._screen.note("(an empty reply)")
-        if ended and self._settings.stats:
-            self._screen.note(statistics.line())
+            self.screen.note("(an empty reply)")
+        if ended and self.settings.stats:
+            self.screen.note(statistics.line())
 
     def _help(self, rest: str) -> None:
         commands = [(f"{name} {arguments}", does) for name, (arguments, does) in COMMANDS.items()]
@@ -2927,28 +2921,28 @@ class Chat:
 
     def _clear(self, rest: str) -> None:
         self._set_aside()
-        self._conversation.clear()
-        self._screen.note("A new conversation.")
+        self.conversation.clear()
+        self.screen.note("A new conversation.")
 
     def _retry(self, rest: str) -> None:
-        self._show(self._conversation.retry())
+        self._show(self.conversation.retry())
 
     def _undo(self, rest: str) -> None:
-        prompt = self._conversation.undo()
+        prompt = self.conversation.undo()
         self.draft = as_typed(prompt)
-        self._screen.note("The last turn is taken back." if prompt else "The conversation is back.")
+        self.screen.note("The last turn is taken back." if prompt else "The conversation is back.")
 
     def _continue(self, rest: str) -> None:
-        self._show(self._conversation.resume())
+        self._show(self.conversation.resume())
 
     def _answer(self, rest: str) -> None:
-        self._show(self._conversation.resume(answer=True))
+        self._show(self.conversation.resume(answer=True))
 
     def _system(self, rest: str) -> None:
         if rest:
             self._set(f"system {rest}")
         else:
-            self._screen.write(f"{cleaned(self._settings.system or 'There is no system prompt.')}\n")
+            self.screen.write(f"{cleaned(self.settings.system or 'There is no system prompt.')}\n")
 
     def _set(self, rest: str) -> None:
         key, value = [*re.split(r"[\s=]+", rest, maxsplit=1), ""][:2]
@@ -2956,49 +2950,49 @@ class Chat:
         if not value and (name or not key):
             rows = []
             for each in [name] if name else [each for each in OPTIONS if OPTIONS[each].scope is CHAT]:
-                value = cleaned(shown_value(getattr(self._settings, each)))
-                rows.append((each.replace("_", "-"), value, self._settings.sources.get(each, "default")))
+                value = cleaned(shown_value(getattr(self.settings, each)))
+                rows.append((each.replace("_", "-"), value, self.settings.sources.get(each, "default")))
             self._write_table(rows)
             return
         if name == "system":
             self._set_aside()
         with foreign(f"{key} {{}}"):
-            name = self._settings.change(key, value.strip(), "here", [CHAT])
-        if self._settings.system == "-":
-            self._settings.system = None
+            name = self.settings.change(key, value.strip(), "here", [CHAT])
+        if self.settings.system == "-":
+            self.settings.system = None
         if name == "seed":
-            self._conversation.seed(self._settings.seed)
-        self._screen.note(f"{name.replace('_', '-')} = {shown_value(getattr(self._settings, name))}")
-        if name == "think" and (doubt := self._conversation.doubt()):
-            self._screen.note(doubt)
+            self.conversation.seed(self.settings.seed)
+        self.screen.note(f"{name.replace('_', '-')} = {shown_value(getattr(self.settings, name))}")
+        if name == "think" and (doubt := self.conversation.doubt()):
+            self.screen.note(doubt)
 
     def _stats(self, rest: str) -> None:
-        self._set(f"stats {rest or ('off' if self._settings.stats else 'on')}")
+        self._set(f"stats {rest or ('off' if self.settings.stats else 'on')}")
 
     def _file(self, rest: str) -> None:
         with foreign(f"/file {shortened(rest)}: {{}}"):
             words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
         if words == ["-"]:
-            self._files = []
+            self.files = []
         else:
             self.add_files(words)
-        for text in self._files:
-            self._screen.note(f"{text.partition(chr(10))[0]} {self._conversation.measure(text)}")
-        if not self._files:
-            self._screen.note("No files wait for the next prompt.")
+        for text in self.files:
+            self.screen.note(f"{text.partition(chr(10))[0]} {self.conversation.measure(text)}")
+        if not self.files:
+            self.screen.note("No files wait for the next prompt.")
 
     def add_files(self, patterns: Sequence[str], once: bool = False) -> None:
         """Put files before the next prompt, if `once` those that no prompt holds as they are.
 
         Raises `ChatError`, with none added, if one can't be read.
         """
-        held = "\n".join(message["content"] for message in self._conversation.messages) if once else ""
-        self._files += [text for pattern in patterns for text in read_texts(pattern) if not once or text not in held]
+        held = "\n".join(message["content"] for message in self.conversation.messages) if once else ""
+        self.files += [text for pattern in patterns for text in read_texts(pattern) if not once or text not in held]
 
     def _edit(self, rest: str) -> None:
         program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-        before = [message["content"] for message in self._conversation.messages if message["role"] == "user"]
-        with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self._editor.lent():
+        before = [message["content"] for message in self.conversation.messages if message["role"] == "user"]
+        with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self.editor.lent():
             file = Path(folder, "prompt.md")
             file.write_text(rest or (before[-1] if before else ""), encoding="utf-8", errors="replace")
             with foreign(f"{program} can't be used to edit: {{}}. Set EDITOR to another one."):
@@ -3009,34 +3003,34 @@ class Chat:
         self.draft = as_typed(text)
 
     def _copy(self, rest: str) -> None:
-        if not self._conversation.messages:
+        if not self.conversation.messages:
             raise ChatError("There is no answer to copy.")
-        text = self._conversation.messages[-1]["content"].strip()
+        text = self.conversation.messages[-1]["content"].strip()
         if rest:
             asked = re.fullmatch(r"code(?:\s+(\d{1,4}))?", rest)
             blocks = re.findall(r"^(```+|~~~+).*\n((?:.*\n)*?)\1", text, re.MULTILINE)
             if not asked or not 0 < int(asked[1] or 1) <= len(blocks):
                 raise ChatError(f"/copy code N takes a number from 1 to {len(blocks)}: the blocks of the last answer.")
             text = blocks[int(asked[1] or len(blocks)) - 1][1]
-        self._screen.note(put_in_clipboard(text, self._screen))
+        self.screen.note(put_in_clipboard(text, self.screen))
 
     def _save(self, rest: str) -> None:
         if not rest:
             raise ChatError("/save needs the name of a file.")
-        if self._conversation.hosts.rank:
+        if self.conversation.hosts.rank:
             return
         path = Path(os.path.expanduser(rest))
         written = as_markdown if path.suffix == ".md" else as_lines
         with foreign(f"{shortened(rest)} could not be written: {{}}. Name another file."):
             if path.exists():
                 raise ChatError(f"{path} is there already, and was not replaced: name another file.")
-            replace_file(path, written(self._settings.with_system(self._conversation.messages))).close()
-        self._screen.note(f"{len(self._conversation.messages)} messages are in {path}.")
+            replace_file(path, written(self.settings.with_system(self.conversation.messages))).close()
+        self.screen.note(f"{len(self.conversation.messages)} messages are in {path}.")
 
     def _write_table(self, rows: Sequence[Sequence[str]]) -> None:
         widths = [max(map(len, column)) for column in zip(*rows)]
         for row in rows:
-            self._screen.write("  ".join(map(str.ljust, row, widths)).rstrip() + "\n")
+            self.screen.write("  ".join(map(str.ljust, row, widths)).rstrip() + "\n")
 
 
 def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
