@@ -2720,11 +2720,6 @@ def put_in_clipboard(text: str, screen: Screen) -> str:
     return f"{len(text)} characters went to the terminal, to be copied."
 
 
-def as_typed(prompt: str) -> str:
-    """Return the line that must be typed to send a prompt: one that starts with a slash takes two."""
-    return "/" + prompt if prompt.startswith("/") else prompt
-
-
 @dataclasses.dataclass
 class Chat:
     """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
@@ -2738,7 +2733,7 @@ class Chat:
     signals: Signals = dataclasses.field(default_factory=Signals)
     # The texts of files that go before the next prompt.
     files: list[str] = dataclasses.field(default_factory=list)
-    # The text that stands in the next line for editing.
+    # The prompt that stands in the next line for editing.
     draft: str = ""
     # An error was said; the session could not be written last time.
     failed: bool = False
@@ -2772,7 +2767,8 @@ class Chat:
         self.signals.leave_if_due()
         self.signals.pressed, self.signals.tearing = False, True
         try:
-            return self.editor.read_prompt(draft)
+            # A prompt that starts with a slash is typed with two.
+            return self.editor.read_prompt("/" * draft.startswith("/") + draft)
         finally:
             self.signals.tearing = False
 
@@ -2799,25 +2795,23 @@ class Chat:
 
     def _obey(self, prompt: str) -> None:
         word, rest = [*prompt.split(None, 1), ""][:2]
-        word = {"/?": "/help"}.get(word, word.lower())
-        if "\n" in prompt and word != "/system":
-            # A pasted block is never a command.
-            word = ""
-        if word in COMMANDS:
-            if rest and not COMMANDS[word][0]:
-                raise ChatError(f"{word} takes no text: nothing was done. To send a line that starts with /, type //.")
-            getattr(self, word.replace("/", "_"))(rest.strip())
-        elif re.fullmatch(r"/[a-z]+", word):
+        word = "/help" if word == "/?" else word.lower()
+        # A pasted block is never a command; a system prompt may have several lines.
+        if not re.fullmatch(r"/[a-z]+", word) or ("\n" in prompt and word != "/system"):
+            self.say(prompt[1:] if prompt.startswith("//") else prompt)
+        elif word not in COMMANDS:
             hint = did_you_mean(word, COMMANDS) or "; /help lists them."
             raise ChatError(f"There is no command {word}{hint} To send a line that starts with /, type //.")
+        elif rest and not COMMANDS[word][0]:
+            raise ChatError(f"{word} takes no text: nothing was done. To send a line that starts with /, type //.")
         else:
-            # A prompt that was refused, stopped at once, or that the engine failed on stands in the next line.
-            self.draft = prompt
-            self.say(prompt[1:] if prompt.startswith("//") else prompt)
+            getattr(self, word.replace("/", "_"))(rest.strip())
 
     def say(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
-        before, prompt = self.conversation.messages, "\n\n".join([*self.files, prompt])
+        # A prompt that was refused, stopped at once, or that the engine failed on stands in the next line.
+        self.draft, before = prompt, self.conversation.messages
+        prompt = "\n\n".join([*self.files, prompt])
         # The prompt of a chat is written down before its reply comes: a crash loses only the reply.
         if self.settings.prompt is None:
             self._keep({"role": "user", "content": prompt})
@@ -2929,7 +2923,7 @@ class Chat:
 
     def _undo(self, rest: str) -> None:
         prompt = self.conversation.undo()
-        self.draft = as_typed(prompt)
+        self.draft = prompt
         self.screen.note("The last turn is taken back." if prompt else "The conversation is back.")
 
     def _continue(self, rest: str) -> None:
@@ -3000,7 +2994,7 @@ class Chat:
                 text = file.read_text(encoding="utf-8", errors="replace").strip("\n")
         if status:
             raise ChatError(f"{program} ended with status {status}: nothing is taken from it.")
-        self.draft = as_typed(text)
+        self.draft = text
 
     def _copy(self, rest: str) -> None:
         if not self.conversation.messages:
@@ -3134,7 +3128,7 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
         welcome(screen, settings, session, messages, leave)
         if screen.watched and (limit := conversation.bound()[0]) != model.context_length:
             screen.note(f"The memory has room for a conversation of about {limit} tokens.")
-        chat.draft, signals.chatting = as_typed(draft) * talks, talks
+        chat.draft, signals.chatting = draft * talks, talks
         chat.run()
     return int(chat.failed and not editor.interactive)
 
