@@ -2741,10 +2741,12 @@ class Chat:
 
     def run(self) -> None:
         """Talk until the user leaves."""
-        leaving = False
-        while True:
+        prompt, leaving = "", False
+        while prompt.lower().removeprefix("/") not in LEAVE_WORDS:
+            if prompt:
+                self._respond(prompt)
             try:
-                prompt = self._read()
+                prompt, leaving = self._read(), False
             except EOFError:
                 break
             except KeyboardInterrupt:
@@ -2754,12 +2756,7 @@ class Chat:
                     break
                 if leaving:
                     self.screen.note("Press Ctrl+C again to leave, or type quit.")
-                continue
-            leaving = False
-            if prompt.lower().removeprefix("/") in LEAVE_WORDS:
-                break
-            if prompt:
-                self._respond(prompt)
+                prompt = ""
         self.screen.write("Goodbye!\n")
 
     def _read(self) -> str:
