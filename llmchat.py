@@ -2685,19 +2685,20 @@ def completions(line: str) -> list[str]:
     return [whole for whole in wholes if whole.startswith(line) and cleaned(whole) == whole]
 
 
-def read_texts(pattern: str) -> list[str]:
-    """Return the text of each file that a path or a pattern names, under its name. Raises `ChatError`."""
-    path = os.path.expanduser(pattern)
-    found = [path] if os.path.exists(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-    if not found:
-        raise ChatError(f"There is no file {shortened(pattern)}: nothing is added.")
+def read_texts(patterns: Iterable[str]) -> list[str]:
+    """Return the text of each file that the paths and patterns name, under its name. Raises `ChatError`."""
     texts = []
-    for name in found:
-        with foreign(f"{shortened(name)} can't be read as text: {{}}. Nothing is added."):
-            text = Path(name).read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise ChatError(f"{shortened(name)} is no text: nothing is added.")
-        texts.append(f"{name}:\n\n{text.strip()}")
+    for pattern in patterns:
+        path = os.path.expanduser(pattern)
+        names = [path] if os.path.exists(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        if not names:
+            raise ChatError(f"There is no file {shortened(pattern)}: nothing is added.")
+        for name in names:
+            with foreign(f"{shortened(name)} can't be read as text: {{}}. Nothing is added."):
+                text = Path(name).read_text(encoding="utf-8-sig").strip()
+                if "\0" in text:
+                    raise ValueError("it holds zeros")
+            texts.append(f"{name}:\n\n{text}")
     return texts
 
 
@@ -2963,22 +2964,11 @@ class Chat:
     def _file(self, rest: str) -> None:
         with foreign(f"/file {shortened(rest)}: {{}}"):
             words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
-        if words == ["-"]:
-            self.files = []
-        else:
-            self.add_files(words)
+        self.files = [] if words == ["-"] else self.files + read_texts(words)
         for text in self.files:
             self.screen.note(f"{text.partition(chr(10))[0]} {self.conversation.measure(text)}")
         if not self.files:
             self.screen.note("No files wait for the next prompt.")
-
-    def add_files(self, patterns: Sequence[str], once: bool = False) -> None:
-        """Put files before the next prompt, if `once` those that no prompt holds as they are.
-
-        Raises `ChatError`, with none added, if one can't be read.
-        """
-        held = "\n".join(message["content"] for message in self.conversation.messages) if once else ""
-        self.files += [text for pattern in patterns for text in read_texts(pattern) if not once or text not in held]
 
     def _edit(self, rest: str) -> None:
         program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
@@ -3109,15 +3099,16 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     settings.model, settings.system, messages = hosts.share([settings.model, settings.system, messages])
     if draft and not talks:
         screen.note(f"The last prompt of {settings.session or 'the chat'} got no reply, and is left out: {draft}")
+    # The same command on the same session asks about a document that the conversation has already.
+    held = "\n".join(message["content"] for message in messages) if settings.history else ""
+    files = [text for text in read_texts(settings.file) if text not in held]
     model = load(settings, screen, hosts, signals)
     conversation = Conversation(model, settings, messages)
     conversation.state = session.state if session and settings.keep_state and hosts.size == 1 else None
     keeps = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
-    chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals)
+    chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals, files)
     for note in filter(None, (model.recommended, conversation.doubt())):
         screen.note(note)
-    # The same command on the same session asks about a document that the conversation has already.
-    chat.add_files(settings.file, once=settings.history)
     with contextlib.closing(chat):
         if prompt is not None:
             return chat.say_once(prompt)
