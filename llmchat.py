@@ -2703,21 +2703,20 @@ def read_texts(patterns: Iterable[str]) -> list[str]:
 
 
 def put_in_clipboard(text: str, screen: Screen) -> str:
-    """Put a text into the clipboard by the first program there is for it, or else by asking the terminal (OSC 52).
+    """Put a text into the clipboard by the first program that can, or else by asking the terminal (OSC 52).
 
     Returns what was done. Raises `ChatError`.
     """
-    programs = [("pbcopy", "HOME"), ("wl-copy", "WAYLAND_DISPLAY"), ("xclip -selection clipboard", "DISPLAY")]
+    data = text.encode(errors="replace")
+    programs = {"pbcopy": "HOME", "wl-copy": "WAYLAND_DISPLAY", "xclip -selection clipboard": "DISPLAY"}
     # Within tmux an OSC 52 of a program's own is dropped by default; this has tmux itself send one.
-    programs.append(("tmux load-buffer -w -", "TMUX"))
-    for words in (program.split() for program, needs in programs if os.environ.get(needs)):
-        if shutil.which(words[0]):
-            if subprocess.run(words, input=text.encode(errors="replace"), check=False).returncode:
-                raise ChatError(f"{words[0]} could not copy it.")
+    programs["tmux load-buffer -w -"] = "TMUX"
+    for words in (program.split() for program, needs in programs.items() if os.environ.get(needs)):
+        if shutil.which(words[0]) and not subprocess.run(words, input=data, check=False).returncode:
             return f"{len(text)} characters are copied."
     if not screen.watched:
         raise ChatError("There is no clipboard here.")
-    screen.write(f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\x07")
+    screen.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
     return f"{len(text)} characters went to the terminal, to be copied."
 
 
