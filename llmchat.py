@@ -2931,7 +2931,7 @@ class Chat:
 
     def _system(self, rest: str) -> None:
         if rest:
-            self._set(f"system {rest}")
+            self._set(f"system {'default' if rest == '-' else rest}")
         else:
             self.screen.write(f"{cleaned(self.settings.system or 'There is no system prompt.')}\n")
 
@@ -2949,8 +2949,6 @@ class Chat:
             self._set_aside()
         with foreign(f"{key} {{}}"):
             name = self.settings.change(key, value.strip(), "here", [CHAT])
-        if self.settings.system == "-":
-            self.settings.system = None
         if name == "seed":
             self.conversation.seed(self.settings.seed)
         self.screen.note(f"{name.replace('_', '-')} = {shown_value(getattr(self.settings, name))}")
