@@ -2919,9 +2919,8 @@ class Chat:
         self._show(self.conversation.retry())
 
     def _undo(self, rest: str) -> None:
-        prompt = self.conversation.undo()
-        self.draft = prompt
-        self.screen.note("The last turn is taken back." if prompt else "The conversation is back.")
+        self.draft = self.conversation.undo()
+        self.screen.note("The last turn is taken back." if self.draft else "The conversation is back.")
 
     def _continue(self, rest: str) -> None:
         self._show(self.conversation.resume())
@@ -2969,10 +2968,10 @@ class Chat:
 
     def _edit(self, rest: str) -> None:
         program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-        before = [message["content"] for message in self.conversation.messages if message["role"] == "user"]
+        before = "".join(message["content"] for message in self.conversation.messages[-2:-1])
         with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self.editor.lent():
             file = Path(folder, "prompt.md")
-            file.write_text(rest or (before[-1] if before else ""), encoding="utf-8", errors="replace")
+            file.write_text(rest or before, encoding="utf-8", errors="replace")
             with foreign(f"{program} can't be used to edit: {{}}. Set EDITOR to another one."):
                 status = subprocess.run([*shlex.split(program), str(file)], check=False).returncode
                 text = file.read_text(encoding="utf-8", errors="replace").strip("\n")
@@ -2983,14 +2982,14 @@ class Chat:
     def _copy(self, rest: str) -> None:
         if not self.conversation.messages:
             raise ChatError("There is no answer to copy.")
-        text = self.conversation.messages[-1]["content"].strip()
-        if rest:
-            asked = re.fullmatch(r"code(?:\s+(\d{1,4}))?", rest)
-            blocks = re.findall(r"^(```+|~~~+).*\n((?:.*\n)*?)\1", text, re.MULTILINE)
-            if not asked or not 0 < int(asked[1] or 1) <= len(blocks):
-                raise ChatError(f"/copy code N takes a number from 1 to {len(blocks)}: the blocks of the last answer.")
-            text = blocks[int(asked[1] or len(blocks)) - 1][1]
-        self.screen.note(put_in_clipboard(text, self.screen))
+        answer = self.conversation.messages[-1]["content"].strip()
+        blocks = re.findall(r"^(```+|~~~+).*\n((?:.*\n)*?)\1", answer, re.MULTILINE)
+        parts = {"": answer}
+        for count, (_, block) in enumerate(blocks, 1):
+            parts["code"] = parts[f"code {count}"] = block
+        if rest not in parts:
+            raise ChatError(f"/copy code N takes a number from 1 to {len(blocks)}: the blocks of the last answer.")
+        self.screen.note(put_in_clipboard(parts[rest], self.screen))
 
     def _save(self, rest: str) -> None:
         if not rest:
