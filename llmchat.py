@@ -3161,8 +3161,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run(settings, screen, editor, hosts, signals)
     except ChatError as error:
         complaint, status = str(error), error.status
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
     except SystemExit as error:
         # Of argparse, or of a signal.
         status = int(error.code or 0)
@@ -3172,11 +3170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, complaint = 1, f"Standard input or output can't be used any more: {one_line(error)}."
         if isinstance(error, BrokenPipeError):
             status, complaint = 128 + signal.SIGPIPE, ""
-    except Exception:
-        # An import that a signal breaks off may end with any error.
+    except (Exception, KeyboardInterrupt):
+        # What a signal breaks off, an import most of all, may end with any error.
         if not signals.status:
             raise
         status = signals.status
+    # A signal is said only where it has a sentence of its own: a download that was stopped.
     if complaint and signals.status in (0, status):
         if hosts.rank:
             # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
