@@ -2588,7 +2588,6 @@ KEYS_HELP = (
     ('Alt+Enter, """', "a new line (not with libedit); begin and end a prompt of several lines"),
     ("//", "begin a prompt with a slash"),
 )
-HISTORY_FILE, KEPT_FOLDER = ".llmchat_history", ".llmchat"
 
 
 class Signals:
@@ -2739,6 +2738,20 @@ class Chat:
     failed: bool = False
     unkept: bool = False
 
+    def welcome(self) -> None:
+        """Say how to go on, and with which conversation."""
+        if self.screen.watched:
+            hosts = f"on {self.conversation.hosts.size} hosts · quit leaves"
+            leave = "quit or Ctrl+D leaves" if self.editor.interactive else hosts
+            self.screen.note(f"{Path(str(self.settings.model)).name} · /help lists the commands · {leave}")
+        if self.session and (turns := self.conversation.messages):
+            count = f"{len(turns) // 2} turn{'s' * (len(turns) > len('ab'))}"
+            day = self.session.written.date()
+            moment = f"{'today' if day == datetime.now().date() else day}, {self.session.written:%H:%M}"
+            self.screen.note(f"Going on with {count} of {self.settings.session or moment}.")
+            if self.screen.watched:
+                self.screen.note("\n".join(message["content"] for message in turns[-2:]))
+
     def run(self) -> None:
         """Talk until the user leaves."""
         prompt, leaving = "", False
@@ -2846,7 +2859,7 @@ class Chat:
 
     def close(self) -> None:
         """Keep the engine's state beside the session, if that is wanted."""
-        if not (self.settings.keep_state and self.session and self.conversation.hosts.size == 1):
+        if not (self.settings.keep_state and self.session):
             return
         self.screen.wait(lambda: "keeping the state")
         try:
@@ -3070,19 +3083,6 @@ def load(settings: Settings, screen: Screen, hosts: Hosts, signals: Signals) -> 
     return model
 
 
-def welcome(screen: Screen, settings: Settings, session: SessionFile | None, turns: list[Message], leave: str) -> None:
-    """Say how to go on, and with which conversation."""
-    if screen.watched:
-        screen.note(f"{Path(str(settings.model)).name} · /help lists the commands · {leave}")
-    if session and turns:
-        count = f"{len(turns) // 2} turn{'s' * (len(turns) > len('ab'))}"
-        day = session.written.date()
-        moment = f"{'today' if day == datetime.now().date() else day}, {session.written:%H:%M}"
-        screen.note(f"Going on with {count} of {settings.session or moment}.")
-        if screen.watched:
-            screen.note("\n".join(message["content"] for message in turns[-2:]))
-
-
 def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, signals: Signals) -> int:
     """Load the model, then chat or answer one prompt; return the exit status. Raises `ChatError`."""
     prompt = None if settings.prompt is None else one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
@@ -3090,9 +3090,11 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     if talks:
         # Before the model loads: keys that are typed meanwhile wait for the prompt.
         editor.open(completions, signals.press)
-    kept = KeptChats(Path(os.path.expanduser("~")) / KEPT_FOLDER)
+    kept = KeptChats(Path(os.path.expanduser("~/.llmchat")))
     session, messages, draft = open_session(settings, kept, screen) if hosts.rank == 0 else (None, [], "")
     settings.model, settings.system, messages = hosts.share([settings.model, settings.system, messages])
+    # Each of several hosts holds only its part of the state.
+    settings.keep_state &= hosts.size == 1
     if draft and not talks:
         screen.note(f"The last prompt of {settings.session or 'the chat'} got no reply, and is left out: {draft}")
     # The same command on the same session asks about a document that the conversation has already.
@@ -3100,19 +3102,18 @@ def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, si
     files = [text for text in read_texts(settings.file) if text not in held]
     model = load(settings, screen, hosts, signals)
     conversation = Conversation(model, settings, messages)
-    conversation.state = session.state if session and settings.keep_state and hosts.size == 1 else None
+    conversation.state = session.state if session and settings.keep_state else None
     keeps = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
-    chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals, files)
+    chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals, files, draft * talks)
     for note in filter(None, (model.recommended, conversation.doubt())):
         screen.note(note)
     with contextlib.closing(chat):
         if prompt is not None:
             return chat.say_once(prompt)
-        leave = "quit or Ctrl+D leaves" if editor.interactive else f"on {hosts.size} hosts · quit leaves"
-        welcome(screen, settings, session, messages, leave)
+        chat.welcome()
         if screen.watched and (limit := conversation.bound()[0]) != model.context_length:
             screen.note(f"The memory has room for a conversation of about {limit} tokens.")
-        chat.draft, signals.chatting = draft * talks, talks
+        signals.chatting = talks
         chat.run()
     return int(chat.failed and not editor.interactive)
 
@@ -3137,7 +3138,7 @@ def open_stage(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
     # mlx.launch sets COLUMNS for the processes that it starts if its own output is a terminal.
     watched = (sys.stdin.isatty() and out.isatty()) or (hosts.size > 1 and "COLUMNS" in os.environ)
     screen = Screen(out, err, watched)
-    history = PromptHistory(Path(os.path.expanduser("~")) / HISTORY_FILE) if hosts.rank == 0 else None
+    history = PromptHistory(Path(os.path.expanduser("~/.llmchat_history"))) if hosts.rank == 0 else None
     editor = LineEditor(sys.stdin, screen, history)
     try:
         yield screen, editor
