@@ -2872,9 +2872,8 @@ class Chat:
     def _set_aside(self) -> None:
         """Keep the conversation as it is on disk now in a file of its own: what follows is another one."""
         if self.session and self.session.messages and self.kept:
-            aside = self.kept.begin(str(self.settings.model))
-            aside.save(self.session.messages)
-            aside.close()
+            with contextlib.closing(self.kept.begin(str(self.settings.model))) as aside:
+                aside.save(self.session.messages)
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
         self.screen.hide_thoughts, self.screen.plain = self.settings.hide_thoughts, self.settings.plain
