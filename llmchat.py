@@ -1811,7 +1811,7 @@ class SessionFile:
             self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         self.written = datetime.fromtimestamp(os.fstat(self._file.fileno()).st_mtime)
         try:
-            with foreign(f"{path} is in use by another chat ({{}}): leave that one, or name another file."):
+            with foreign(f"{path} is in use by another chat, or its disk has no locks: name another file."):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.messages = self._read()
         except ChatError:
