@@ -2286,9 +2286,10 @@ class Keyboard:
 
     def _take(self, live: bool) -> None:
         """Take what was typed; if it is `live`, lines that come in one burst are a paste, else prompts of their own."""
-        keys, self._escape = self._escape + self._read(), b""
-        while self._has_more(keys):
-            keys += self._read()
+        # If the terminal is gone, the line is dropped, and ended.
+        keys, self._escape = self._escape + (self._read() or b"\x15\x04"), b""
+        while self._has_more(keys) and (more := self._read()):
+            keys += more
         # An Esc by itself stops a reply. In a line it belongs to the next key, but to no paste.
         data = re.sub(rb"\x1b(?=\x1b\[200~)|\x1b\Z", b"", keys)
         if data != keys and not self._feeding:
@@ -2302,12 +2303,12 @@ class Keyboard:
         self._waiting += data if self._feeding else data.replace(b"\x04", b"")
 
     def _read(self) -> bytes:
+        """Return what was typed; nothing if the terminal is gone."""
         with contextlib.suppress(OSError):
             if data := os.read(self._terminal, 1 << 16):
                 return data
-        # The terminal is gone: the line is dropped, and ended.
         time.sleep(BURST_S)
-        return b"\x15\x04"
+        return b""
 
     def _has_more(self, data: bytes) -> bool:
         """Tell if more belongs to these keys: the rest of a paste, of a burst, or of a key that begins with Esc."""
