@@ -2181,15 +2181,20 @@ class Screen:
 BURST_S = 0.03
 
 # Have the terminal put marks around pastes, or no longer; these marks; and a key of no keyboard, to redraw the line.
-MARK_PASTES, LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
+MARK_PASTES, LEAVE_PASTES = b"\x1b[?2004h", b"\x1b[?2004l"
 PASTE_BEGINS, PASTE_ENDS, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
 
 # The next of the keys that wait: a marked paste, control keys, or text up to them or to the end of a line; Alt+Enter
 # is none.
-PASTE = re.compile(rb"\x1b\[200~(.*?)\x1b\[201~", re.DOTALL)
-TYPED = re.compile(
-    rb"[\x00-\x08\x0b\x0c\x0e-\x1a\x7f]+|(?:(?!\x1b\[200~)(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]))*[\r\n]?"
+NEXT_KEYS = re.compile(
+    rb"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)"
+    rb"|[\x00-\x08\x0b\x0c\x0e-\x1a\x7f]+"
+    rb"|(?:\x1b[\r\n]|(?!\x1b\[200~)[^\x00-\x08\x0a-\x1a\x7f])*[\r\n]?",
+    re.DOTALL,
 )
+
+# Between two looks at an editor, which says to nobody when it begins to read and when it has ended a line.
+POLL_S = 0.001
 
 
 class Keyboard:
@@ -2203,50 +2208,58 @@ class Keyboard:
     # Libedit writes past its buffer in a line of about 4,500 characters; longer runs are pasted, not typed.
     LONGEST_TYPED = 500
 
-    def __init__(self, stdin: TextIO, as_keys: Callable[[str], bytes], on_escape: Callable[[], None]) -> None:
-        """`as_keys` returns the keys that put a pasted text into the line."""
-        self._stdin, self._as_keys, self._on_escape = stdin.fileno(), as_keys, on_escape
+    def __init__(self, stdin: TextIO, dumb: bool, as_keys: Callable[[str], bytes]) -> None:
+        """`as_keys` returns the keys that put a pasted text into the line; a `dumb` terminal marks no pastes."""
+        self._input, self._dumb, self._as_keys = stdin, dumb, as_keys
+        self.on_escape: Callable[[], None] = lambda: None
+        # Keys that the editor was not given yet, as they came; what it is being given; and an Esc without its key.
+        self._waiting, self._sending, self._escape = b"", b"", b""
+        # The editor reads; what it was given last since it does.
+        self._feeding, self.given = False, b""
+        self._lock = threading.Lock()
+        self._thread = threading.Thread()
+
+    def open(self) -> None:
+        """Take the terminal over; `close` gives it back, also if a signal breaks this off."""
+        self._stdin = self._input.fileno()
         self._terminal = os.dup(self._stdin)
         # The modes in which the terminal was found, as `tcgetattr` gives them.
         self._found: list[Any] = termios.tcgetattr(self._terminal)
         self._editor, self._end = os.openpty()
         termios.tcsetattr(self._end, termios.TCSANOW, self._found)
         os.set_blocking(self._editor, False)
-        # Keys that the editor was not given yet, as they came; what it is being given; and an Esc without its key.
-        self._waiting, self._sending, self._escape = b"", b"", b""
-        # The editor reads; since it does, it was given keys, and the end of a line.
-        self._feeding = self.fed = self._ended = False
-        self._lock = threading.Lock()
         self._woken, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def open(self) -> None:
-        """Take the terminal over; `close` gives it back, also if a signal breaks this off."""
-        os.dup2(self._end, self._stdin)
-        self.set_modes()
         # Signals are for the main thread: only there they end a wait for keys.
         found = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._thread.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, found)
+        os.dup2(self._end, self._stdin)
+        self.set_modes()
 
     def close(self) -> None:
-        """Leave the terminal as it was found, whatever was under way."""
+        """Leave the terminal as it was found, whatever was under way; keys that wait stay."""
+        if not self._thread.is_alive():
+            return
         os.close(self._wake)
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
         os.dup2(self._terminal, self._stdin)
-        with contextlib.suppress(termios.error):
+        with contextlib.suppress(termios.error, OSError):
             termios.tcsetattr(self._terminal, termios.TCSANOW, self._found)
+            os.write(self._terminal, LEAVE_PASTES * (not self._dumb))
         for descriptor in (self._terminal, self._editor, self._end, self._woken):
             os.close(descriptor)
 
-    def set_modes(self, signum: int = 0) -> None:
-        """Set the terminal's modes; also after Ctrl+Z, and when the size of the window changes."""
+    def set_modes(self, signum: int = 0, frame: object = None) -> None:
+        """Set the terminal's modes; as a handler of signals also after Ctrl+Z, and when the window changes its size."""
+        if not self._thread.is_alive():
+            return
         with contextlib.suppress(termios.error, OSError):
             modes = [*self._found]
             modes[0] &= ~(termios.ICRNL | termios.IXON)
             modes[3] = modes[3] & ~(termios.ECHO | termios.ICANON | termios.IEXTEN) | termios.NOFLSH
             termios.tcsetattr(self._terminal, termios.TCSANOW, modes)
+            os.write(self._terminal, MARK_PASTES * (not self._dumb))
             size = fcntl.ioctl(self._terminal, termios.TIOCGWINSZ, bytes(8))
             fcntl.ioctl(self._editor, termios.TIOCSWINSZ, size)
             if signum == signal.SIGCONT and self._feeding:
@@ -2257,7 +2270,7 @@ class Keyboard:
         """Hand keys on to the line editor while it reads: these, those that wait, and what is typed."""
         try:
             with self._lock:
-                self._sending, self._feeding, self.fed, self._ended = keys, True, False, False
+                self._sending, self._feeding, self.given = keys, True, b""
             os.write(self._wake, b"\0")
             yield
         except KeyboardInterrupt:
@@ -2267,25 +2280,30 @@ class Keyboard:
         finally:
             self._feeding = False
 
-    def _listens(self) -> bool:
-        """Tell if the editor reads: until it has set up its terminal, that would take some keys as its own."""
-        return self._feeding and not termios.tcgetattr(self._stdin)[3] & termios.ICANON
+    def holds_keys(self) -> bool:
+        """Tell if keys wait for the editor, or if it was given a whole line that nobody has got yet."""
+        typed = select.select([self._terminal], [], [], 0)[0]
+        return bool(typed or self._sending or self._waiting or self.given.endswith((b"\r", b"\n")))
 
     def _run(self) -> None:
         """Take keys from the terminal and hand them on, until `close`."""
         while True:
-            # The editor says to nobody when it begins to read.
             due = self._feeding and (self._sending or self._waiting)
-            readable, _, _ = select.select([self._woken, self._terminal], [], [], 0.001 if due else None)
+            readable, _, _ = select.select([self._woken, self._terminal], [], [], POLL_S if due else None)
             if self._woken in readable and not os.read(self._woken, 64):
                 return
             if self._terminal in readable:
-                self._take(live=not due and self._listens())
-            while self._listens() and (self._sending or self._waiting):
+                self._take()
+            if self._listens() and (self._sending or self._waiting):
                 self._hand_on()
 
-    def _take(self, live: bool) -> None:
-        """Take what was typed; if it is `live`, lines that come in one burst are a paste, else prompts of their own."""
+    def _listens(self) -> bool:
+        """Tell if the editor reads: until it has set up its terminal, that would take some keys as its own."""
+        return self._feeding and not termios.tcgetattr(self._stdin)[3] & termios.ICANON
+
+    def _take(self) -> None:
+        """Take what was typed. Lines that come in one burst are a paste; typed ahead they are prompts of their own."""
+        ahead = not self._feeding or self._sending or self._waiting
         # If the terminal is gone, the line is dropped, and ended.
         keys, self._escape = self._escape + (self._read() or b"\x15\x04"), b""
         while self._has_more(keys) and (more := self._read()):
@@ -2293,10 +2311,10 @@ class Keyboard:
         # An Esc by itself stops a reply. In a line it belongs to the next key, but to no paste.
         data = re.sub(rb"\x1b(?=\x1b\[200~)|\x1b\Z", b"", keys)
         if data != keys and not self._feeding:
-            self._on_escape()
+            self.on_escape()
         elif keys.endswith(b"\x1b"):
             self._escape = b"\x1b"
-        if live and PASTE_BEGINS not in data and re.search(rb"[\r\n].", data, re.DOTALL):
+        if not ahead and PASTE_BEGINS not in data and re.search(rb"[\r\n].", data, re.DOTALL):
             text = data.rstrip(b"\r\n")
             data = PASTE_BEGINS + text + PASTE_ENDS + b"\r" * (len(text) < len(data))
         # Ctrl+D in a reply is not meant to leave when it ends.
@@ -2320,37 +2338,30 @@ class Keyboard:
 
     def _hand_on(self) -> None:
         """Give the editor a share of the next keys, and time to end its line: further keys are for the next one."""
-        with self._lock:
-            self._sending, self.fed = self._sending or self._next_keys(), True
-            share = self._sending[:1024]
-            if not select.select([], [self._editor], [], BURST_S)[1]:
+        with self._lock, contextlib.suppress(BlockingIOError):
+            self._sending = self._sending or self._next_keys()
+            self.given = self._sending[:1024]
+            self._sending = self._sending[os.write(self._editor, self.given) :]
+        if self._sending or not self.given.endswith((b"\r", b"\n")):
+            return
+        for _ in range(round(BURST_S / POLL_S)):
+            if not self._listens():
                 return
-            self._sending = self._sending[os.write(self._editor, share) :]
-            self._ended = share.endswith((b"\r", b"\n")) and not self._sending
-        deadline = time.monotonic() + BURST_S
-        while self._ended and self._listens():
-            if time.monotonic() > deadline:
-                # Libedit looks at an Enter that ends a search only when another key comes.
-                with contextlib.suppress(BlockingIOError):
-                    os.write(self._editor, REDRAW_KEY)
-                return
-            time.sleep(0.001)
-
-    def holds_keys(self) -> bool:
-        """Tell if keys wait for the editor, or if it was given a whole line that nobody has got yet."""
-        return bool(self._waiting or self._sending or self._ended or select.select([self._terminal], [], [], 0)[0])
+            time.sleep(POLL_S)
+        # Libedit looks at an Enter that ends a search only when another key comes.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._editor, REDRAW_KEY)
 
     def _next_keys(self) -> bytes:
         """Take a paste, or the keys up to the end of a line, from those that wait."""
-        paste = PASTE.match(self._waiting)
-        keys = paste or TYPED.match(self._waiting)
-        taken = (keys and keys[0]) or self._waiting
-        self._waiting = self._waiting[len(taken) :]
-        typed = taken.rstrip(b"\r\n")
-        if not paste and len(typed) <= self.LONGEST_TYPED:
-            return taken
-        text = (paste[1] if paste else typed).decode(errors="replace")
-        return self._as_keys(re.sub("\r\n?", "\n", text)) + b"\r" * (not paste and typed != taken)
+        found = next(NEXT_KEYS.finditer(self._waiting))
+        keys, pasted = found[0], found[1]
+        self._waiting = self._waiting[len(keys) :]
+        typed = keys.rstrip(b"\r\n")
+        if pasted is None and len(typed) <= self.LONGEST_TYPED:
+            return keys
+        text = (typed if pasted is None else pasted).decode(errors="replace")
+        return self._as_keys(re.sub("\r\n?", "\n", text)) + b"\r" * (pasted is None and typed != keys)
 
 
 def use_utf8() -> None:
@@ -2372,14 +2383,13 @@ class LineEditor:
     def __init__(self, stdin: TextIO, screen: Screen, history: PromptHistory | None = None) -> None:
         self._stdin, self._screen, self._history = stdin, screen, history
         self.interactive = stdin.isatty() and screen.watched
-        self._keyboard: Keyboard | None = None
-        self._on_escape: Callable[[], None] = lambda: None
+        self._keyboard = Keyboard(stdin, screen.dumb, self._as_keys)
         self._readline: Any = None
         self._libedit = False
         # The marks that stand for texts in libedit's lines.
         self._marks: dict[str, str] = {}
-        # The lines so far of the prompt that is being read.
-        self._lines: list[str] = []
+        # What there is so far of the prompt that is being read.
+        self._block = ""
 
     def open(self, complete: Callable[[str], Iterable[str]], on_escape: Callable[[], None]) -> None:
         """Switch the line editor on.
@@ -2387,18 +2397,16 @@ class LineEditor:
         `complete` returns the lines that a line's beginning may become; `on_escape` is called by another thread when
         Esc is pressed while no prompt is read.
         """
-        self._on_escape = on_escape
+        self._keyboard.on_escape = on_escape
         # The editor looks at the locale when it is imported.
         use_utf8()
         # Once, before the import: the editor's own handler of SIGWINCH calls the one that it finds.
         for number in (signal.SIGWINCH, signal.SIGCONT):
-            signal.signal(number, self._set_modes)
-        self._take_terminal()
+            signal.signal(number, self._keyboard.set_modes)
+        self._keyboard.open()
         with foreign("A chat on a terminal needs Python's readline: {}. Take another Python, or ask with -p."):
             import readline
-        self._readline = readline
-        # Before Python 3.13 only the docstring says which of the two it is.
-        self._libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
+        self._readline, self._libedit = readline, "libedit" in (readline.__doc__ or "")
         readline.set_auto_history(False)
         with self._warned_of_history():
             for prompt in self._history.load() if self._history else []:
@@ -2407,32 +2415,18 @@ class LineEditor:
 
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way."""
-        keyboard, self._keyboard = self._keyboard, None
-        if keyboard:
-            keyboard.close()
-            with contextlib.suppress(OSError):
-                self._screen.write(LEAVE_PASTES * (not self._screen.dumb))
+        self._keyboard.close()
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
         """Let another program have the terminal, as it was found. Raises `ChatError` where there is none."""
-        if not self._keyboard:
+        if not self.interactive:
             raise ChatError("There is no terminal to edit on.")
-        self.close()
+        self._keyboard.close()
         try:
             yield
         finally:
-            self._take_terminal()
-
-    def _set_modes(self, signum: int, frame: object) -> None:
-        if self._keyboard:
-            self._keyboard.set_modes(signum)
-
-    def _take_terminal(self) -> None:
-        self._keyboard = Keyboard(self._stdin, self._as_keys, self._on_escape)
-        self._keyboard.open()
-        if not self._screen.dumb:
-            self._screen.write(MARK_PASTES)
+            self._keyboard.open()
 
     def _bind_keys(self, complete: Callable[[str], Iterable[str]]) -> None:
         readline = self._readline
@@ -2489,12 +2483,11 @@ class LineEditor:
         return line.rstrip("\n")
 
     def _edit_line(self, prompt: str, text: str) -> str:
-        if self._screen.styled and self._readline:
+        if self._screen.styled:
             # The marks take the colour out of the editor's count of columns. Libedit loses one that nothing follows.
             prompt = f"\x01{GREEN}\x02{prompt.rstrip()}\x01{PLAIN}\x02 "
-        keys = self._as_keys(text) if text else b""
         try:
-            with self._keyboard.feeding(keys) if self._keyboard else contextlib.nullcontext():
+            with self._keyboard.feeding(self._as_keys(text) if text else b""):
                 line = input(prompt)
         except BaseException as error:
             # The cursor may stand in the first of several rows.
@@ -2509,26 +2502,26 @@ class LineEditor:
 
     def read_prompt(self, text: str = "") -> str:
         """Read a prompt: a line, a paste, or what is typed between three quotes. Raises like `read_line`."""
-        if text and self._keyboard and self._is_tall(text):
+        if text and self.interactive and self._is_tall(text):
             self._readline.add_history(self._held(text))
             self._screen.note("Press Up to edit the prompt.")
             text = ""
         self._screen.write("\n")
-        self._lines = []
-        self._lines = [self.read_line("prompt -> ", text)]
-        block = self._lines[0].strip("\n")
+        self._block = ""
+        self._block = self.read_line("prompt -> ", text)
+        block = self._block.strip("\n")
         block = block if "\n" in block else block.strip()
         # A paste that only starts with three quotes is no beginning: program text often does.
         if not block.startswith('"""') or ("\n" in block and self._is_open()):
             return block
         try:
             while self._is_open():
-                self._lines.append(self.read_line("... "))
+                self._block += "\n" + self.read_line("... ")
         except EOFError:
             # Ctrl+D drops the block; the end of a pipe ends it.
             if self.interactive:
                 return ""
-        return "\n".join(self._lines).strip()[3:].removesuffix('"""').strip("\n")
+        return self._block.strip()[3:].removesuffix('"""').strip("\n")
 
     def _is_tall(self, text: str) -> bool:
         """Tell if a text would push out of the window what was said before it."""
@@ -2536,14 +2529,13 @@ class LineEditor:
         return sum(1 + width(line) // (columns or 80) for line in text.splitlines()) > (rows or 24) - 4
 
     def _is_open(self) -> bool:
-        return not "\n".join(self._lines).strip()[3:].endswith('"""')
+        return not self._block.strip()[3:].endswith('"""')
 
     def typed(self) -> bool:
         """Tell if there was something in the prompt when Ctrl+C came."""
-        keyboard = self._keyboard
         # Libedit empties its buffer only when it is given a key.
-        fed = keyboard and keyboard.fed and self._readline.get_line_buffer()
-        return bool(self._lines or fed or (keyboard and keyboard.holds_keys()))
+        given = self._keyboard.given and self._readline.get_line_buffer()
+        return bool(self._block or given or self._keyboard.holds_keys())
 
     def remember(self, prompt: str) -> None:
         """Add a prompt that somebody typed to the history, in the line editor and on disk."""
