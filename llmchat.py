@@ -2061,7 +2061,7 @@ class Screen:
         self._since_s = 0.0
         # A line tells what is going on, on a terminal, as long as it lasts.
         self._status = ""
-        self._ticks: tuple[threading.Event, threading.Thread] | None = None
+        self._over, self._ticker = threading.Event(), threading.Thread()
 
     def write(self, text: str) -> None:
         """Put text into the session."""
@@ -2077,13 +2077,13 @@ class Screen:
         text = cleaned(text)
         if self._stderr.isatty():
             wrap = WordWrap(self._columns)
-            text = wrap.feed(text) + wrap.flush()
-        self.hint(self._coloured(text, colour) + "\n")
+            text = self._coloured(wrap.feed(text) + wrap.flush(), colour)
+        self.hint(text + "\n")
 
     def wait(self, doing: Callable[[], str]) -> None:
         """Have a line tell what is going on, until anything else is shown; `doing` is asked again and again."""
         self.end_wait()
-        over = threading.Event()
+        over = self._over = threading.Event()
 
         def tick() -> None:
             over.wait(PATIENCE_S - TICK_S)
@@ -2091,18 +2091,16 @@ class Screen:
                 self._show_status(doing())
 
         if self._stderr.isatty():
-            self._ticks = over, threading.Thread(target=tick, daemon=True)
-            self._ticks[1].start()
+            self._ticker = threading.Thread(target=tick, daemon=True)
+            self._ticker.start()
 
     def end_wait(self) -> None:
         """Take the line away that tells what is going on."""
-        if self._ticks:
-            over, thread = self._ticks
-            over.set()
-            # A signal may have come before it was started.
-            if thread.is_alive():
-                thread.join()
-            self._ticks = None
+        self._over.set()
+        # A signal may have come before it was started.
+        if self._ticker.is_alive():
+            self._ticker.join()
+        if self._status:
             self._show_status("")
 
     def show(self, piece: Piece) -> None:
@@ -2129,7 +2127,7 @@ class Screen:
         return os.get_terminal_size(stream.fileno()).columns or 80
 
     def _coloured(self, text: str, colour: str) -> str:
-        return f"{colour}{text}{PLAIN}" if self.styled and self._stderr.isatty() else text
+        return f"{colour}{text}{PLAIN}" if self.styled else text
 
     def _show_status(self, text: str) -> None:
         # It is kept narrow, as only one row can be taken back.
@@ -2169,8 +2167,7 @@ class Screen:
 
     def _end_section(self) -> None:
         if self._kind == "hidden":
-            thought = f"thought for {time.monotonic() - self._since_s:.1f} s"
-            self.write(f"{DIM}{thought}{PLAIN}" if self.styled else thought)
+            self.write(self._coloured(f"thought for {time.monotonic() - self._since_s:.1f} s", DIM))
         self._newlines = ""
         self.write(self._wrap.flush() + (PLAIN if self._kind == "thought" and self.styled else ""))
 
