@@ -2227,10 +2227,7 @@ class Keyboard:
         os.set_blocking(self._editor, False)
         self._woken, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        # Signals are for the main thread: only there they end a wait for keys.
-        found = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._thread.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, found)
         os.dup2(self._end, self._stdin)
         self.set_modes()
 
@@ -2588,6 +2585,9 @@ class Signals:
     template may never end), and, by a second press, an engine that doesn't stop.
     """
 
+    # A signal that is ignored by default, so that nobody else means anything by it here.
+    WAKE = signal.SIGURG
+
     def __init__(self) -> None:
         # The exit status, once a signal has ended the program.
         self.status = 0
@@ -2597,15 +2597,13 @@ class Signals:
         self.held = False
 
     def __enter__(self) -> Signals:
-        self._found = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-        for number, found in self._found.items():
-            # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
-            if found is not signal.SIG_IGN:
-                signal.signal(number, self._handle)
+        # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
+        numbers = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._found = [(number, signal.signal(number, self._handle)) for number in numbers]
         # In a callback of an import Python would print what ends the program, and go on; `leave_if_due` sees to that.
         self._hook = sys.unraisablehook
         sys.unraisablehook = lambda error: None if self.status else self._hook(error)
-        signal.signal(signal.SIGWINCH, lambda *_: None)
+        signal.signal(self.WAKE, lambda *_: None)
         woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         signal.set_wakeup_fd(self._wake)
@@ -2616,20 +2614,18 @@ class Signals:
         signal.set_wakeup_fd(-1)
         os.close(self._wake)
         sys.unraisablehook = self._hook
-        for number, handler in self._found.items():
-            signal.signal(number, handler)
+        for found in self._found:
+            signal.signal(*found)
 
-    @staticmethod
-    def _repeat(woken: int) -> None:
+    def _repeat(self, woken: int) -> None:
         """Wake the main thread after each signal.
 
-        Python looks at one only if it ends a wait for input: it may have come just before that, or to a thread of the
-        engine.
+        Python looks at one only if it ends a wait for input: it may have come just before that, or to another thread.
         """
         while number := os.read(woken, 1):
-            if number[0] != signal.SIGWINCH:
+            if number[0] != self.WAKE:
                 time.sleep(BURST_S)
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGWINCH)
+                signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
         os.close(woken)
 
     def press(self) -> None:
