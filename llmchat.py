@@ -1963,12 +1963,15 @@ class WordWrap:
     Where it is `styled`, headings and `**bold**` are bold, and code has a colour of its own; the marks stay.
     """
 
+    # Scripts without blanks may break before any wide character.
+    WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60\U0001f300-\U0003ffff"
+    WORD = re.compile(rf"[ \n]*(?:[{WIDE}][^ \n{WIDE}]*|[^ \n{WIDE}]+)|[ \n]+")
     FENCE, SPANS = re.compile(r"\s*(```[^`]*|~~~.*)"), re.compile(r"(\*\*|`+)")
 
     def __init__(self, columns: Callable[[], int], styled: bool = False) -> None:
         self._columns, self._styled = columns, styled
-        # The line so far, the column after what was let through, and the blanks and the word since.
-        self._line, self._column, self._held = "", 0, ""
+        # The line so far, the column after it, and the space and the word since.
+        self._line, self._column, self.held = "", 0, ""
         # Where the text stands: between fences, in a heading, in bold; after the backquotes that begin code.
         self._fenced = self._heading = self._bold = False
         self._quotes = ""
@@ -1977,42 +1980,42 @@ class WordWrap:
 
     def feed(self, text: str) -> str:
         """Return what is certain of all the text so far."""
-        return "".join(map(self._put, text))
+        *words, self.held = self.WORD.findall(self.held + text) or [""]
+        shown = "".join(map(self._put, words))
+        if self._fenced and "\n" not in self.held:
+            # Code need not wait for the end of a word.
+            shown, self.held = shown + self._put(self.held), ""
+        return shown
 
     def flush(self) -> str:
         """Return what was held back, at the end of the text."""
-        return self._end_word() + self._in_style("")
+        return self._put(self.held) + self._in_style("")
 
-    def _put(self, char: str) -> str:
-        if char == "\n":
-            rest = self._end_word()
-            self._fenced ^= bool(self.FENCE.fullmatch(self._line))
-            self._line, self._column, self._held = "", 0, ""
-            self._heading, self._bold, self._quotes = False, False, ""
-            return rest + self._in_style(CODE * self._fenced) + char
-        self._line += char
-        code = self._fenced or self._line.lstrip().startswith(("```", "~~~"))
-        if code or self._line.lstrip().startswith("|"):
-            rest, self._held = self._end_word() + self._held, ""
-            return rest + self._in_style(CODE * code) + char
-        # Scripts without blanks may break at any wide character.
-        rest = self._end_word() if char == " " or width(char) > 1 else ""
-        self._held += char
-        return rest
-
-    def _end_word(self) -> str:
-        word = self._held.lstrip(" ")
-        if not word:
-            return ""
-        blanks, taken, columns = self._held[: -len(word)], width(word), self._columns()
+    def _put(self, text: str) -> str:
+        """Return a word and the space before it, as they are shown."""
+        word, columns = text.lstrip(" \n"), self._columns()
+        *ended, blanks = text[: len(text) - len(word)].split("\n")
+        ends = "".join(self._end_line(rest, columns) for rest in ended)
+        self._line += blanks + word
+        begun = self._line.lstrip()
+        code = self._fenced or begun.startswith(("```", "~~~"))
+        if code or begun.startswith("|") or not word:
+            return ends + self._in_style(CODE * code) + blanks + word
         self._heading |= bool(not self._column and re.fullmatch("#{1,6}", word))
+        taken = width(word)
         if self._column and self._column + len(blanks) + taken > columns >= taken:
             blanks, self._column = "\n", taken
         else:
             # A row that is full to the last column is not left before the next character.
             self._column = (self._column + len(blanks) + taken - 1) % columns + 1
-        self._held = ""
-        return blanks + self._marked(word)
+        return ends + blanks + self._marked(word)
+
+    def _end_line(self, blanks: str, columns: int) -> str:
+        self._fenced ^= bool(self.FENCE.fullmatch(self._line))
+        blanks *= self._column + len(blanks) <= columns
+        self._line, self._column = "", 0
+        self._heading, self._bold, self._quotes = False, False, ""
+        return blanks + self._in_style(CODE * self._fenced) + "\n"
 
     def _marked(self, word: str) -> str:
         """Return a word with its style, in which a mark is like what it marks."""
@@ -2054,11 +2057,8 @@ class Screen:
         self.styled = not (self.dumb or os.environ.get("NO_COLOR"))
         self.hide_thoughts = self.plain = False
         self._wrap = WordWrap(self._columns)
-        # The kind of the last piece of a reply, and newlines that may turn out to end it.
-        self._kind = ""
-        self._newlines = ""
-        # When a hidden thought began.
-        self._since_s = 0.0
+        # The kind of the last piece of a reply, and when a hidden thought began.
+        self._kind, self._since_s = "", 0.0
         # A line tells what is going on, on a terminal, as long as it lasts.
         self._status = ""
         self._over, self._ticker = threading.Event(), threading.Thread()
@@ -2117,10 +2117,8 @@ class Screen:
     def end_reply(self) -> None:
         """Finish the line of a reply, if there was one."""
         self.end_wait()
-        if self._kind:
-            self._end_section()
-            self.write("\n")
-        self._kind, self._since_s = "", 0.0
+        self._end_section("\n")
+        self._since_s = 0.0
 
     def _columns(self) -> int:
         stream = self._stdout if self._stdout.isatty() else self._stderr
@@ -2150,26 +2148,24 @@ class Screen:
             if not text:
                 return
             self._begin_section(kind)
-        text = self._newlines + text
-        self._newlines = text[len(text.rstrip("\n")) :]
-        text = text.rstrip("\n")
-        self.write(self._wrap.feed(text) if self._stdout.isatty() else text)
+        self.write(self._wrap.feed(text))
 
     def _begin_section(self, kind: str) -> None:
         labelled = self.watched and not self.styled and "thought" in (kind, self._kind)
-        if self._kind:
-            self._end_section()
-            self.write("\n\n" * (kind != self._kind))
-        self._kind = kind
-        self._wrap = WordWrap(self._columns, styled=self.styled and kind == "answer" and not self.plain)
+        self._end_section("\n\n")
+        self._kind, terminal = kind, self._stdout.isatty()
+        styled = terminal and self.styled and kind == "answer" and not self.plain
+        self._wrap = WordWrap(self._columns if terminal else lambda: sys.maxsize, styled)
         self.write({"thought": "thinking:\n", "answer": "answer:\n"}.get(kind, "") * labelled)
         self.write(DIM if kind == "thought" and self.styled else "")
 
-    def _end_section(self) -> None:
+    def _end_section(self, after: str) -> None:
         if self._kind == "hidden":
             self.write(self._coloured(f"thought for {time.monotonic() - self._since_s:.1f} s", DIM))
-        self._newlines = ""
-        self.write(self._wrap.flush() + (PLAIN if self._kind == "thought" and self.styled else ""))
+        if self._kind:
+            self._wrap.held = self._wrap.held.rstrip("\n")
+            self.write(self._wrap.flush() + (PLAIN if self._kind == "thought" and self.styled else "") + after)
+        self._kind = ""
 
 
 # ----------------------------------------------------------------------------------- Line editor
