@@ -2177,14 +2177,14 @@ BURST_S = 0.03
 MARK_PASTES, LEAVE_PASTES = b"\x1b[?2004h", b"\x1b[?2004l"
 PASTE_BEGINS, PASTE_ENDS, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
 
-# The next of the keys that wait: a marked paste, control keys, or text up to them or to the end of a line; Alt+Enter
-# is none.
-NEXT_KEYS = re.compile(
-    rb"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)"
-    rb"|[\x00-\x08\x0b\x0c\x0e-\x1a\x7f]+"
-    rb"|(?:\x1b[\r\n]|(?!\x1b\[200~)[^\x00-\x08\x0a-\x1a\x7f])*[\r\n]?",
-    re.DOTALL,
-)
+# Libedit writes past its buffer in a line of about 4,500 characters: a longer run than this is pasted, not typed.
+LONGEST_TYPED = 500
+
+# Such a run of text, without control keys; lines that come in one burst; and the next of the keys that wait: a marked
+# paste, or what is before one or ends a line, which Alt+Enter doesn't.
+LONG_TEXT = rb"(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]){%d,}" % (LONGEST_TYPED + 1)
+LINES = rb"(?s:.*[\r\n].*[^\r\n])"
+NEXT_KEYS = re.compile(rb"\x1b\[200~((?s:.*?))(?:\x1b\[201~|\Z)|(?:\x1b[\r\n]|(?!\x1b\[200~)[^\r\n])*[\r\n]?")
 
 # Between two looks at an editor, which says to nobody when it begins to read and when it has ended a line.
 POLL_S = 0.001
@@ -2197,9 +2197,6 @@ class Keyboard:
     here: nothing typed ahead is lost or shown, and Esc can stop a reply. From `open` to `close` the terminal
     itself shows nothing, cuts no long line (macOS does at 1024 bytes, Linux at 4096) and drops nothing at Ctrl+C.
     """
-
-    # Libedit writes past its buffer in a line of about 4,500 characters; longer runs are pasted, not typed.
-    LONGEST_TYPED = 500
 
     def __init__(self, stdin: TextIO, dumb: bool, as_keys: Callable[[str], bytes]) -> None:
         """`as_keys` returns the keys that put a pasted text into the line; a `dumb` terminal marks no pastes."""
@@ -2294,6 +2291,7 @@ class Keyboard:
     def _take(self) -> None:
         """Take what was typed. Lines that come in one burst are a paste; typed ahead they are prompts of their own."""
         ahead = not self._feeding or self._sending or self._waiting
+        unmarked = LONG_TEXT if ahead else LINES + b"|" + LONG_TEXT
         # If the terminal is gone, the line is dropped, and ended.
         keys, self._escape = self._escape + (self._read() or b"\x15\x04"), b""
         while self._has_more(keys) and (more := self._read()):
@@ -2304,9 +2302,8 @@ class Keyboard:
             self.on_escape()
         elif keys.endswith(b"\x1b"):
             self._escape = b"\x1b"
-        if not ahead and PASTE_BEGINS not in data and re.search(rb"[\r\n].", data, re.DOTALL):
-            text = data.rstrip(b"\r\n")
-            data = PASTE_BEGINS + text + PASTE_ENDS + b"\r" * (len(text) < len(data))
+        if PASTE_BEGINS not in data:
+            data = re.sub(unmarked, PASTE_BEGINS + rb"\g<0>" + PASTE_ENDS, data)
         # Ctrl+D in a reply is not meant to leave when it ends.
         self._waiting += data if self._feeding else data.replace(b"\x04", b"")
 
@@ -2320,11 +2317,10 @@ class Keyboard:
 
     def _has_more(self, data: bytes) -> bool:
         """Tell if more belongs to these keys: the rest of a paste, of a burst, or of a key that begins with Esc."""
-        if data.rfind(PASTE_BEGINS) > data.rfind(PASTE_ENDS):
-            wait = 1.0
-        else:
-            wait = BURST_S if len(data) > self.LONGEST_TYPED or re.search(rb"[\r\n].|\x1b$", data, re.DOTALL) else 0.0
-        return bool(wait and select.select([self._terminal], [], [], wait)[0])
+        in_paste = data.rfind(PASTE_BEGINS) > data.rfind(PASTE_ENDS)
+        in_burst = len(data) > LONGEST_TYPED or re.search(rb"[\r\n].|\x1b$", data, re.DOTALL)
+        wait_s = 1.0 if in_paste else BURST_S if in_burst else 0.0
+        return bool(wait_s and select.select([self._terminal], [], [], wait_s)[0])
 
     def _hand_on(self) -> None:
         """Give the editor a share of the next keys, and time to end its line: further keys are for the next one."""
@@ -2345,13 +2341,10 @@ class Keyboard:
     def _next_keys(self) -> bytes:
         """Take a paste, or the keys up to the end of a line, from those that wait."""
         found = next(NEXT_KEYS.finditer(self._waiting))
-        keys, pasted = found[0], found[1]
-        self._waiting = self._waiting[len(keys) :]
-        typed = keys.rstrip(b"\r\n")
-        if pasted is None and len(typed) <= self.LONGEST_TYPED:
-            return keys
-        text = (typed if pasted is None else pasted).decode(errors="replace")
-        return self._as_keys(re.sub("\r\n?", "\n", text)) + b"\r" * (pasted is None and typed != keys)
+        self._waiting = self._waiting[found.end() :]
+        if found[1] is None:
+            return found[0]
+        return self._as_keys(re.sub("\r\n?", "\n", found[1].decode(errors="replace")))
 
 
 def use_utf8() -> None:
@@ -2443,7 +2436,7 @@ class LineEditor:
         encoding = locale.nl_langinfo(locale.CODESET)
         # Python can't hand the editor characters that the locale doesn't have.
         text = cleaned(text).encode(encoding, "replace").decode(encoding)
-        if not self._libedit or ("\n" not in text and len(text) <= Keyboard.LONGEST_TYPED):
+        if not self._libedit or ("\n" not in text and len(text) <= LONGEST_TYPED):
             return text
         return self._marks.setdefault(text, f"[{len(self._marks) + 1}: {shortened(text, 30)} {len(text)} characters]")
 
