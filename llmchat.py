@@ -1960,7 +1960,8 @@ class WordWrap:
     """Breaks prose at words as it streams, in a window that has `columns()` at that moment.
 
     Code between fences, tables and words that are wider than the window are left alone: they are to be copied.
-    Where it is `styled`, headings and `**bold**` are bold, and code has a colour of its own; the marks stay.
+    Where it is `styled`, headings and `**bold**` are bold, and code has a colour of its own; the marks stay. Elsewhere
+    all is in one `style`.
     """
 
     # Scripts without blanks may break before any wide character.
@@ -1968,8 +1969,8 @@ class WordWrap:
     WORD = re.compile(rf"[ \n]*(?:[{WIDE}][^ \n{WIDE}]*|[^ \n{WIDE}]+)|[ \n]+")
     FENCE, SPANS = re.compile(r"\s*(```[^`]*|~~~.*)"), re.compile(r"(\*\*|`+)")
 
-    def __init__(self, columns: Callable[[], int], styled: bool = False) -> None:
-        self._columns, self._styled = columns, styled
+    def __init__(self, columns: Callable[[], int], styled: bool = False, style: str = "") -> None:
+        self._columns, self._styled, self._only = columns, styled, style
         # The line so far, the column after it, and the space and the word since.
         self._line, self._column, self.held = "", 0, ""
         # Where the text stands: between fences, in a heading, in bold; after the backquotes that begin code.
@@ -1989,7 +1990,7 @@ class WordWrap:
 
     def flush(self) -> str:
         """Return what was held back, at the end of the text."""
-        return self._put(self.held) + self._in_style("")
+        return self._put(self.held) + PLAIN * bool(self._style)
 
     def _put(self, text: str) -> str:
         """Return a word and the space before it, as they are shown."""
@@ -2033,10 +2034,8 @@ class WordWrap:
 
     def _in_style(self, style: str) -> str:
         """Return the codes that bring the terminal into a style."""
-        if style == self._style or not self._styled:
-            return ""
-        before, self._style = self._style, style
-        return PLAIN * bool(before) + style
+        before, self._style = self._style, style if self._styled else self._only
+        return "" if self._style == before else PLAIN * bool(before) + self._style
 
 
 # Before a line tells what is going on, and between two looks at it.
@@ -2076,8 +2075,8 @@ class Screen:
         self.end_wait()
         text = cleaned(text)
         if self._stderr.isatty():
-            wrap = WordWrap(self._columns)
-            text = self._coloured(wrap.feed(text) + wrap.flush(), colour)
+            wrap = WordWrap(self._columns, style=colour * self.styled)
+            text = wrap.feed(text) + wrap.flush()
         self.hint(text + "\n")
 
     def wait(self, doing: Callable[[], str]) -> None:
@@ -2124,14 +2123,12 @@ class Screen:
         stream = self._stdout if self._stdout.isatty() else self._stderr
         return os.get_terminal_size(stream.fileno()).columns or 80
 
-    def _coloured(self, text: str, colour: str) -> str:
-        return f"{colour}{text}{PLAIN}" if self.styled else text
-
     def _show_status(self, text: str) -> None:
         # It is kept narrow, as only one row can be taken back.
         text = cleaned(text)[: self._columns() - 1]
         if text != self._status:
-            self.hint("\r" + self._coloured(text.ljust(len(self._status)), DIM) + "\r" * (not text))
+            row = text.ljust(len(self._status))
+            self.hint("\r" + (f"{DIM}{row}{PLAIN}" if self.styled else row) + "\r" * (not text))
             self._status = text
 
     def _hide(self, text: str) -> None:
@@ -2155,16 +2152,16 @@ class Screen:
         self._end_section("\n\n")
         self._kind, terminal = kind, self._stdout.isatty()
         styled = terminal and self.styled and kind == "answer" and not self.plain
-        self._wrap = WordWrap(self._columns if terminal else lambda: sys.maxsize, styled)
+        dim = DIM * (self.styled and kind != "answer")
+        self._wrap = WordWrap(self._columns if terminal else lambda: sys.maxsize, styled, dim)
         self.write({"thought": "thinking:\n", "answer": "answer:\n"}.get(kind, "") * labelled)
-        self.write(DIM if kind == "thought" and self.styled else "")
 
     def _end_section(self, after: str) -> None:
         if self._kind == "hidden":
-            self.write(self._coloured(f"thought for {time.monotonic() - self._since_s:.1f} s", DIM))
+            self.write(self._wrap.feed(f"thought for {time.monotonic() - self._since_s:.1f} s"))
         if self._kind:
             self._wrap.held = self._wrap.held.rstrip("\n")
-            self.write(self._wrap.flush() + (PLAIN if self._kind == "thought" and self.styled else "") + after)
+            self.write(self._wrap.flush() + after)
         self._kind = ""
 
 
