@@ -2199,47 +2199,49 @@ class Keyboard:
         """`as_keys` returns the keys that put a pasted text into the line; a `dumb` terminal marks no pastes."""
         self._input, self._dumb, self._as_keys = stdin, dumb, as_keys
         self.on_escape: Callable[[], None] = lambda: None
+        # The modes in which the terminal was found, as `tcgetattr` gives them, as long as it is taken over.
+        self._found: list[Any] = []
         # Keys that the editor was not given yet, as they came; what it is being given; and an Esc without its key.
         self._waiting, self._sending, self._escape = b"", b"", b""
         # The editor reads; what it was given last since it does.
         self._feeding, self.given = False, b""
         self._lock = threading.Lock()
-        self._thread = threading.Thread()
 
     def open(self) -> None:
         """Take the terminal over; `close` gives it back, also if a signal breaks this off."""
         self._stdin = self._input.fileno()
         self._terminal = os.dup(self._stdin)
-        # The modes in which the terminal was found, as `tcgetattr` gives them.
-        self._found: list[Any] = termios.tcgetattr(self._terminal)
         self._editor, self._end = os.openpty()
-        termios.tcsetattr(self._end, termios.TCSANOW, self._found)
         os.set_blocking(self._editor, False)
         self._woken, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._found = termios.tcgetattr(self._terminal)
+        termios.tcsetattr(self._end, termios.TCSANOW, self._found)
         os.dup2(self._end, self._stdin)
         self.set_modes()
+        self._thread.start()
 
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way; keys that wait stay."""
-        if not self._thread.is_alive():
+        found, self._found = self._found, []
+        if not found:
             return
         os.close(self._wake)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         os.dup2(self._terminal, self._stdin)
         with contextlib.suppress(termios.error, OSError):
-            termios.tcsetattr(self._terminal, termios.TCSANOW, self._found)
+            termios.tcsetattr(self._terminal, termios.TCSANOW, found)
             os.write(self._terminal, LEAVE_PASTES * (not self._dumb))
         for descriptor in (self._terminal, self._editor, self._end, self._woken):
             os.close(descriptor)
 
     def set_modes(self, signum: int = 0, frame: object = None) -> None:
         """Set the terminal's modes; as a handler of signals also after Ctrl+Z, and when the window changes its size."""
-        if not self._thread.is_alive():
+        modes = [*self._found]
+        if not modes:
             return
         with contextlib.suppress(termios.error, OSError):
-            modes = [*self._found]
             modes[0] &= ~(termios.ICRNL | termios.IXON)
             modes[3] = modes[3] & ~(termios.ECHO | termios.ICANON | termios.IEXTEN) | termios.NOFLSH
             termios.tcsetattr(self._terminal, termios.TCSANOW, modes)
