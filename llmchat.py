@@ -1134,27 +1134,17 @@ class ThoughtFormat(NamedTuple):
         """The text that ends a thought and begins the answer."""
         return self.end + self.lead * (self.lead.strip() not in self.end)
 
-    def marks(self) -> dict[str, dict[str, str]]:
-        """Return the marks that count in each kind of text, without blanks around, and the kind that each begins."""
-        kinds = {
-            START: {self.start: "thought", self.end: BETWEEN, self.lead: "answer"},
-            "thought": {self.start: "thought", self.end: BETWEEN},
-            BETWEEN: {self.lead: "answer"},
-            "answer": {self.tail: HIDDEN},
-        }
-        return {kind: {m.strip(): then for m, then in marks.items() if m.strip()} for kind, marks in kinds.items()}
-
     def as_template_takes(self, message: Message, said: str) -> dict[str, Any]:
         """Return a message in the form in which the template takes it; `said` is the reply in the model's own words."""
         answer, thought = message["content"], message.get("reasoning_content", "")
         place = self.place if message["role"] == "assistant" else ""
         if place == "content" and thought:
-            answer = said or self.start + thought + self.closing + answer
+            answer = said or self.said(message)
             # A thought that was stopped is closed, or the template would take it for an answer.
             answer += self.end * (self.end.strip() not in answer)
         return {"role": message["role"], **in_place(place, thought, answer)}
 
-    def said(self, message: Message, begun: str) -> str:
+    def said(self, message: Message, begun: str = "") -> str:
         """Return a reply as the model said it, after what the prompt had `begun` of it."""
         answer, thought = message["content"], message.get("reasoning_content", "")
         if not thought:
@@ -1190,6 +1180,7 @@ def think_variables(model: Model, think: bool | str | None) -> dict[str, Any]:
 
 # Made-up words, by which a rendering tells where a template puts what.
 EARLIER, ASKED, THOUGHT, ANSWER = "hazelcatkin", "quincewort", "thistledown", "walnutshell"
+QUESTION = {"role": "user", "content": ASKED}
 
 # The names of thoughts in fields and marks, the marks of an answer, and all that looks like a mark.
 OF_THOUGHTS = re.compile("think|thought|reason", re.IGNORECASE)
@@ -1208,114 +1199,103 @@ class ThoughtFinder:
 
     def __init__(self, model: Model) -> None:
         tokenizer = model.tokenizer
-        self._model, self._template = model, model.template
+        self._model = model
         self._pair = (str(tokenizer.think_start), str(tokenizer.think_end)) if tokenizer.has_thinking else ("", "")
         with foreign(f"The tokenizer of {model.name} fails: {{}}. Name another model."):
-            self._vocabulary = " ".join([*tokenizer.get_added_vocab(), *self._pair])
+            self._text = " ".join([model.template, *tokenizer.get_added_vocab(), *self._pair])
             self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
         switches = [{name: on} for name in SWITCHES if name in model.variables for on in (True, False)]
-        self._switches: list[dict[str, bool]] = [{}, *switches]
-
-    @functools.cached_property
-    def _prompts(self) -> list[str]:
-        return [*filter(None, (self._probe("", "", "", **switches) for switches in self._switches))]
+        self._switches: list[dict[str, Any]] = [{}, *switches]
 
     def find(self) -> ThoughtFormat:
         """Return the format; it is empty for a model that doesn't think."""
-        if not OF_THOUGHTS.search(self._template + self._vocabulary):
+        if not OF_THOUGHTS.search(self._text):
             return ThoughtFormat()
-        before, _, after = self._probe("", "", ANSWER).partition(ANSWER)
+        before, _, after = self._probe(ANSWER).partition(ANSWER)
         tails = [after.partition(end)[0] for end in self._ends if end in after]
-        found = self._by_message() or self._by_content() or self._by_name()
+        found = self._by_message() or self._by_marks()
         lead = before[self._header(before) :]
         if any(mark.strip() and mark.strip() in lead for mark in (found.start, found.end)):
             lead = ""
         return found._replace(lead=found.lead or lead, tail=found.tail or min(tails, key=len, default=""))
 
-    def _probe(self, place: str, thought: str, answer: str, *after: dict[str, Any], **switches: Any) -> str:
+    def _probe(
+        self, answer: str = "", thought: str = "", place: str = "", after: Sequence[Message] = (), **switches: Any
+    ) -> str:
         """Render a conversation with this reply, or its prompt alone; a template that can't has nothing to tell."""
         # Some templates treat the first reply unlike later ones.
-        replies = [{"role": "assistant", **in_place(place, *said)} for said in (("", EARLIER), (thought, answer))]
-        asked = [{"role": "user", "content": content} for content in (EARLIER, ASKED)]
-        messages = [asked[0], replies[0], asked[1], *([replies[1], *after] if answer else [])]
+        earlier = [{"role": "user", "content": EARLIER}, {"role": "assistant", **in_place(place, "", EARLIER)}]
+        reply = [{"role": "assistant", **in_place(place, thought, answer)}, *after] if answer else []
         with contextlib.suppress(ChatError):
-            return self._model.render(messages, prompted=not answer, **switches)
+            return self._model.render([*earlier, QUESTION, *reply], prompted=not answer, **switches)
         return ""
+
+    @functools.cached_property
+    def _prompts(self) -> list[str]:
+        return [*filter(None, (self._probe(**switches) for switches in self._switches))]
+
+    @functools.cached_property
+    def _marks(self) -> dict[str, str]:
+        """All marks that the prompts, the template and the vocabulary name, each with the first that it may close."""
+        marks = list(dict.fromkeys(MARK.findall(" ".join([*self._prompts, self._text]))))
+        openings = {twin: mark for mark in reversed(marks) for twin in closing_twins(mark)}
+        return {mark: openings.get(mark, mark.replace("/", "", 1) if mark[1] == "/" else "") for mark in marks}
 
     def _header(self, text: str) -> int:
         """Return the length of a rendering up to where the reply begins."""
-        plain = self._probe("", "", ANSWER, {"role": "user", "content": ASKED})
-        shared = [common_prefix(text, other) for other in (plain, *self._prompts)]
+        shared = [common_prefix(text, prompt) for prompt in self._prompts]
         # A switch may have put something behind the prompt, and two marks may begin alike.
         length = min((n for n in shared if n > text.find(ASKED) + len(ASKED)), default=len(text))
         return len(text[:length].rstrip("<[|"))
 
     def _by_message(self) -> ThoughtFormat | None:
         """Look for a field of the message, or blocks of its content, that come out before the answer."""
-        names = sorted({*filter(OF_THOUGHTS.search, re.findall(r"\w+", self._template))}, key=lambda n: (-len(n), n))
+        words = {*re.findall(r"\w+", self._model.template)}
+        names = sorted(filter(OF_THOUGHTS.search, words), key=lambda name: (-len(name), name))
         places = [*names, *(place for place in BLOCKS if place.split()[0] in names)]
         for place, switches in itertools.product(places, self._switches):
-            before, _, rest = self._probe(place, THOUGHT, ANSWER, **switches).partition(THOUGHT)
+            before, _, rest = self._probe(ANSWER, THOUGHT, place, **switches).partition(THOUGHT)
             end, answered, _ = rest.partition(ANSWER)
             # Not merely printed as it is, as part of a list.
             if answered and end.strip() and "'type'" not in before and '"type"' not in before:
-                opening = self._opening(end)
+                opening = self._marks.get(end.strip(), "")
                 start = before.rfind(opening) if opening and opening in before else self._header(before)
                 return ThoughtFormat(before[start:], end, place=place)
         return None
 
-    def _by_content(self) -> ThoughtFormat | None:
-        """Look for a mark at which the template cuts a thought off the content of an old reply, or keeps it there."""
-        asked = {"role": "user", "content": ASKED}
-        constants = " ".join(constant for _, constant in re.findall(r"""(['"])(.{3,60}?)\1""", self._template))
-        for mark in dict.fromkeys(MARK.findall(constants)):
-            start, end = self._with_blanks(self._opening(mark), mark)
-            if not (OF_THOUGHTS.search(start) or OF_ANSWERS.fullmatch(mark)):
-                continue
-            said = start + THOUGHT + end + ANSWER
-            text = self._probe("", "", said, asked, {"role": "assistant", "content": ""}, asked)
-            cut = ANSWER in text and THOUGHT not in text
-            prompted = OF_THOUGHTS.search(start) and mark in "".join(self._prompts)
-            kept = prompted and any(prompt + said in text for prompt in self._prompts)
-            if cut or kept:
-                return ThoughtFormat(start, end, place="content")
-        return None
+    def _by_marks(self) -> ThoughtFormat:
+        """Look for marks with telling names, above all for those that count in the content of an old reply."""
+        pairs = [*((opening, mark) for mark, opening in self._marks.items()), self._pair]
+        formats = [self._with_blanks(*pair) for pair in pairs if pair[0]]
+        formats = [format for format in formats if OF_THOUGHTS.search(format.start)]
+        for format in filter(self._goes_back, formats):
+            return format._replace(place="content")
+        lead = next(filter(OF_ANSWERS.fullmatch, self._marks), "")
+        tail = next((mark for mark, opening in self._marks.items() if lead and opening == lead), "")
+        told = "".join(self._prompts)
+        if lead and lead in told and not any(format.start.strip() in told for format in formats):
+            return ThoughtFormat("", lead, "", tail)
+        return formats[0]._replace(lead=lead, tail=tail) if formats else ThoughtFormat()
 
-    def _by_name(self) -> ThoughtFormat:
-        """Look for pairs of marks with telling names in the prompts, the template, and the vocabulary."""
-        prompts = "".join(self._prompts)
-        for text in (prompts, self._template, self._vocabulary):
-            marks = sorted({*MARK.findall(text)}, key=text.find)
-            pairs = [(mark, end) for mark in marks for end in closing_twins(mark) if end in text]
-            thoughts = [pair for pair in pairs if OF_THOUGHTS.search(pair[0])]
-            answers = [(mark, dict(pairs).get(mark, "")) for mark in marks if OF_ANSWERS.fullmatch(mark)]
-            lead, tail = answers[0] if answers else ("", "")
-            if thoughts:
-                return ThoughtFormat(*self._with_blanks(*thoughts[0]), lead, tail)
-            if answers and text is prompts:
-                return ThoughtFormat("", lead, "", tail)
-        return ThoughtFormat(*self._with_blanks(*self._pair)) if self._pair[1] else ThoughtFormat()
+    def _goes_back(self, format: ThoughtFormat) -> bool:
+        """Tell if the template cuts a thought between these marks off an old reply, or keeps what a prompt begins."""
+        said = format.start + THOUGHT + format.end + ANSWER
+        text = self._probe(said, after=[QUESTION, {"role": "assistant", "content": ""}, QUESTION])
+        cut = ANSWER in text and THOUGHT not in text
+        prompted = any(format.end.strip() in prompt.rpartition(ASKED)[2] for prompt in self._prompts)
+        return cut or (prompted and any(prompt + said in text for prompt in self._prompts))
 
-    def _opening(self, end: str) -> str:
-        """Return the mark that opens what this one closes, if a prompt, the template or the vocabulary knows one."""
-        end = end.strip()
-        text = " ".join([*self._prompts, self._template, self._vocabulary])
-        opening = next((mark for mark in MARK.findall(text) if end in closing_twins(mark)), "")
-        for prompt in map(str.rstrip, self._prompts):
-            if opening and prompt.endswith(end) and opening in prompt:
-                # An empty thought tells what else belongs to the mark.
-                return prompt[prompt.rfind(opening) : -len(end)].strip()
-        return opening or (end.replace("/", "", 1) if end[1:2] == "/" else "")
-
-    def _with_blanks(self, start: str, end: str) -> tuple[str, str]:
-        """Return two marks with the blanks that belong to them, as an empty or an opened thought in a prompt tells."""
-        opened = bool(start) and any(prompt.endswith(f"{start}\n") for prompt in self._prompts)
+    def _with_blanks(self, start: str, end: str) -> ThoughtFormat:
+        """Return two marks with what belongs to them, as an empty or an opened thought at the end of a prompt tells."""
+        opened = any(prompt.endswith(f"{start}\n") for prompt in self._prompts)
         for prompt in self._prompts:
-            closed = re.search(rf"(?:{re.escape(start)}(\s*))?{re.escape(end)}(\s*)$", prompt)
+            closed = re.search(rf"(?:({re.escape(start)}\w*)(\s*))?{re.escape(end)}(\s*)$", prompt)
             if closed and not opened:
-                within, half = closed[1] or "", len(closed[1] or "") // 2
-                return start + within[half:], within[:half] + end + closed[2]
-        return (f"{start}\n", f"\n{end}\n\n") if opened or end[:2] == "</" else (start, end)
+                within = closed[2] or ""
+                half = len(within) // 2
+                return ThoughtFormat((closed[1] or start) + within[half:], within[:half] + end + closed[3])
+        blanks = ("\n", "\n", "\n\n") if opened or end.startswith("</") else ("", "", "")
+        return ThoughtFormat(start + blanks[0], blanks[1] + end + blanks[2])
 
 
 class ThoughtSplitter:
@@ -1323,13 +1303,20 @@ class ThoughtSplitter:
 
     def __init__(self, format: ThoughtFormat, begun: str = "") -> None:
         """`begun` is what the prompt has said already of the reply."""
-        self._marks = format.marks()
-        self._thinks = bool(format.end)
-        self._unmarked = "thought" if self._thinks and not format.start else "answer"
-        # All of the text, marks and all; the kind of text that comes next, and what came of the kinds that are shown.
-        self.text, self.kind = "", START
+        start, end, lead, tail = (mark.strip() for mark in format[:4])
+        # The marks that count in each kind of text, and the kind that each begins.
+        self._marks = {
+            START: {start: "thought", end: BETWEEN, lead: "answer"},
+            "thought": {start: "thought", end: BETWEEN},
+            BETWEEN: {lead: "answer"},
+            "answer": {tail: HIDDEN},
+            HIDDEN: {},
+        }
+        self._format = format
+        # All of the text, marks and all; the kind of text that comes next, and what may be the beginning of a mark.
+        self.text, self.kind, self._held = "", START, ""
+        # What came, after the prompt, of the kinds that are shown.
         self._texts = {"thought": "", "answer": ""}
-        self._held = ""
         list(self.feed(begun))
         self._texts = {"thought": "", "answer": ""}
 
@@ -1337,8 +1324,9 @@ class ThoughtSplitter:
         """Yield what is certain of all the text so far."""
         self.text, self._held = self.text + text, self._held + text
         while True:
-            kind, marks = self.kind, self._marks.get(self.kind, {})
-            place, mark = min(((self._held.find(mark), mark) for mark in marks if mark in self._held), default=(0, ""))
+            kind, marks = self.kind, self._marks[self.kind]
+            found = ((self._held.find(mark), mark) for mark in marks if mark and mark in self._held)
+            place, mark = min(found, default=(0, ""))
             if not mark:
                 break
             yield from self._take(place)
@@ -1363,11 +1351,13 @@ class ThoughtSplitter:
 
     def _take(self, length: int) -> Iterator[Piece]:
         text, self._held = self._held[:length], self._held[length:]
-        if self.kind in (START, BETWEEN) and self._thinks:
+        if self.kind in (START, BETWEEN):
             # Newlines around the marks belong to them.
-            text = text.lstrip("\n") if self.kind == BETWEEN else text.lstrip()
-        if self.kind in (START, BETWEEN) and text.strip():
-            self.kind = self._unmarked if self.kind == START else "answer"
+            if self._format.end:
+                text = text.lstrip("\n") if self.kind == BETWEEN else text.lstrip()
+            if text.strip():
+                unmarked = self.kind == START and self._format.end and not self._format.start
+                self.kind = "thought" if unmarked else "answer"
         if text and self.kind != HIDDEN:
             kind = "thought" if self.kind == "thought" else "answer"
             self._texts[kind] += text
