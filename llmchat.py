@@ -898,8 +898,9 @@ class PromptCache:
 
         self.tokens: list[int] = []
         self._layers: list[Any] = make_prompt_cache(self._net)
-        # Two places are kept: this turn's, for the next turn and /retry, and the turn's before, for /undo.
-        self._snapshots: list[tuple[int, list[Any]]] = []
+        # Two places are kept: this turn's, for the next turn and /retry, and the turn's before, for /undo. Each is a
+        # number of tokens, and copies by the numbers of their leaves.
+        self._snapshots: list[tuple[int, dict[int, Any]]] = []
 
     def _leaves(self) -> list[Any]:
         # A hybrid layer may hold several caches in a CacheList.
@@ -913,18 +914,9 @@ class PromptCache:
     def _take_snapshot(self) -> None:
         # Deep, because a wrapped sliding window writes into its arrays in place. Copying an MLX array
         # shares its memory until one of the two is written to. Only what can't be trimmed is copied.
-        copies = [copy.deepcopy(vars(leaf)) if self._needs_copy(leaf) else None for leaf in self._leaves()]
+        leaves = enumerate(self._leaves())
+        copies = {place: copy.deepcopy(vars(leaf)) for place, leaf in leaves if self._needs_copy(leaf)}
         self._snapshots = [*self._snapshots[-1:], (len(self.tokens), copies)]
-
-    def _go_back(self, length: int, copies: Iterable[Any]) -> None:
-        surplus = len(self.tokens) - length
-        for leaf, saved in zip(self._leaves(), copies):
-            if saved is not None:
-                vars(leaf).update(copy.deepcopy(saved))
-            elif leaf.trim(surplus) != surplus:
-                self.clear()
-                return
-        self.tokens = self.tokens[:length]
 
     def rewind(self, prompt: Sequence[int]) -> int:
         """Go to the longest prefix of `prompt` that can be reached and leaves at least one token to compute.
@@ -932,15 +924,18 @@ class PromptCache:
         Returns its length: the tokens that will not be put through the model again.
         """
         shared = common_prefix(self.tokens, prompt[:-1])
-        if shared < len(self.tokens):
-            self._snapshots = [kept for kept in self._snapshots if kept[0] <= shared]
-            with self._dropped_on_error():
-                if self.can_trim:
-                    self._go_back(shared, itertools.repeat(None))
-                elif self._snapshots:
-                    self._go_back(*self._snapshots[-1])
-                else:
+        if shared == len(self.tokens):
+            return shared
+        self._snapshots = [kept for kept in self._snapshots if kept[0] <= shared]
+        length, copies = (shared, {}) if self.can_trim else [(0, {}), *self._snapshots][-1]
+        with self._dropped_on_error():
+            surplus, self.tokens = len(self.tokens) - length, self.tokens[:length]
+            for place, leaf in enumerate(self._leaves()):
+                if place in copies:
+                    vars(leaf).update(copy.deepcopy(copies[place]))
+                elif not length or leaf.trim(surplus) != surplus:
                     self.clear()
+                    break
         return len(self.tokens)
 
     @contextlib.contextmanager
@@ -995,15 +990,15 @@ class PromptCache:
             self._net(mx.array([[0]]), cache=self._layers)
         for leaf in self._leaves():
             values: Any = tree_flatten(vars(leaf))
-            arrays = [value for _, value in values if isinstance(value, mx.array) and value.ndim > 1]
             most = getattr(leaf, "max_size", None) or getattr(leaf, "chunk_size", None)
-            # A window has room for a step of a prompt's reading beside what it keeps.
-            rows = most and most + PREFILL_STEP_TOKENS
-            # An array is laid out for more tokens than it holds.
-            if self._needs_copy(leaf):
-                fixed += 3 * sum(array.nbytes // array.shape[-2] * (rows or array.shape[-2]) for array in arrays)
-            else:
-                growing += sum(array.nbytes // array.shape[-2] for array in arrays)
+            for array in (value for _, value in values if isinstance(value, mx.array) and value.ndim > 1):
+                # An array is laid out for more tokens than it holds.
+                row = array.nbytes // array.shape[-2]
+                if self._needs_copy(leaf):
+                    # A window has room for a step of a prompt's reading beside what it keeps.
+                    fixed += 3 * row * (most + PREFILL_STEP_TOKENS if most else array.shape[-2])
+                else:
+                    growing += row
         self.clear()
         return max(memory_bytes - fixed, memory_bytes // 2) // growing if growing else None
 
@@ -1018,13 +1013,12 @@ class PromptCache:
         """Return a checksum of the tokens, and of the state to its last bit: one that has turned would change words."""
         import mlx.core as mx
 
-        parts: list[Any] = [self.tokens]
-        for name, value in self._values():
+        digest = zlib.crc32(str(self.tokens).encode())
+        for _, value in self._values():
             # A gigabyte or more in a second, which is less than it takes to compute the state of a thousand tokens.
-            data: Any = mx.contiguous(value).reshape(-1).view(mx.uint8) if isinstance(value, mx.array) else b""
-            shape = getattr(value, "shape", value), getattr(value, "dtype", None)
-            parts.append((name, *shape, zlib.crc32(memoryview(data))))
-        return str(zlib.crc32(repr(parts).encode()))
+            array: Any = mx.contiguous(value).reshape(-1).view(mx.uint8) if isinstance(value, mx.array) else None
+            digest = zlib.crc32(str(value).encode() if array is None else memoryview(array), digest)
+        return str(digest)
 
     def save(self, file: Path, model: str) -> None:
         """Write the state and its tokens to a file of mode 0600, for a model of this fingerprint.
@@ -1040,7 +1034,7 @@ class PromptCache:
             return
         if shutil.disk_usage(part.parent).free < 2 * sum(getattr(value, "nbytes", 0) for _, value in self._values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        part.touch(0o600, exist_ok=False)
         try:
             about = {"model": model, "tokens": json.dumps(self.tokens), "digest": self._digest()}
             save_prompt_cache(str(part), self._layers, about)
@@ -1059,9 +1053,8 @@ class PromptCache:
             layers, about = engine.load_prompt_cache(str(file), return_metadata=True)
             tokens = json.loads(about["tokens"])
             shared = common_prefix(tokens, prompt[:-1])
-            known = about["model"] == model and [*map(type, layers)] == [*map(type, self._layers)]
             # To read the state of tokens takes a small part of the time that it takes to compute it, but not none.
-            if not known or shared < len(tokens) / (8 if self.can_trim else 1):
+            if about["model"] != model or shared < len(tokens) / (8 if self.can_trim else 1):
                 return
             for layer, loaded in zip(self._layers, layers):
                 vars(layer).update(vars(loaded))
