@@ -1372,17 +1372,18 @@ LEAST_TEMPERATURE = 1e-3
 
 @dataclasses.dataclass
 class Statistics:
-    """Figures of one reply. Times are counted from the prompt on."""
+    """Figures of one reply. Times are counted from the prompt on, which is when this is made."""
 
-    prompt_tokens: int
-    cached_tokens: int
-    context_length: int | None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    context_length: int | None = None
     generation_tokens: int = 0
     thought_tokens: int = 0
     answer_tokens: int = 0
     time_to_first_token_s: float = 0.0
     seconds: float = 0.0
     finish_reason: str | None = None
+    started_s: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
     def full(self) -> bool:
@@ -1408,10 +1409,8 @@ class Reply:
     """A reply under way. It is kept when it was cut or stopped, so that it can go on from the live state."""
 
     messages: list[Message]
-    # The first of the messages that the next turn sends.
-    first: int
-    responses: Generator[Any, None, None]
     splitter: ThoughtSplitter
+    responses: Generator[Any, None, None]
     # What the responses go on from; the engine has its last token only with the first of them.
     prompt: list[int]
 
@@ -1444,7 +1443,7 @@ class Conversation:
         self._cleared: list[Message] = []
         # Replies as the model said them, marks and all, by their messages.
         self._said: dict[str, str] = {}
-        self.statistics = Statistics(0, 0, None)
+        self.statistics = Statistics()
         self.seed(settings.seed)
 
     def measure(self, text: str) -> str:
@@ -1473,10 +1472,9 @@ class Conversation:
         Raises `ChatError` if the template refuses the prompt, the context has no room for it, or the
         engine fails.
         """
-        started, self.statistics = time.perf_counter(), Statistics(0, 0, None)
+        self.statistics = Statistics()
         before = self.messages if before is None else before
-        live = yield from self._begin([*before, {"role": "user", "content": prompt}])
-        yield from self._speak(live, started)
+        yield from self._speak((yield from self._begin([*before, {"role": "user", "content": prompt}])))
 
     def retry(self) -> Generator[Piece, None, None]:
         """Yield another reply to the last prompt, in place of the last one. Raises like `reply`."""
@@ -1490,10 +1488,10 @@ class Conversation:
 
         With `answer` its thought is closed first. Raises `ChatError` where there is nothing to go on with.
         """
-        started, (limit, bound) = time.perf_counter(), self.bound()
         if not self.messages or "finish_reason" not in self.messages[-1]:
             raise ChatError(f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}.")
         *before, reply = self.messages
+        self.statistics, (limit, bound) = Statistics(context_length=self.bound()[0]), self.bound()
         live = self._live or (yield from self._begin(before, reply))
         if answer and live.splitter.kind != "thought":
             raise ChatError("There is no thought to close: /continue goes on with the answer.")
@@ -1501,12 +1499,12 @@ class Conversation:
         if limit and held >= limit:
             raise ChatError(f"The reply can't go on: it fills {bound}. /clear starts over.")
         if self._live:
-            self.statistics = Statistics(held, held, limit)
+            self.statistics.prompt_tokens = self.statistics.cached_tokens = held
         # If this fails, the reply goes on from a state computed anew.
         self._live = None
         if answer:
             self._close_thought(live)
-        yield from self._speak(live, started)
+        yield from self._speak(live)
 
     def _within_text(self, responses: Generator[Any, None, None]) -> Generator[Any, None, None]:
         """Give the first response the blank that mlx-lm takes off at the start of a text."""
@@ -1591,14 +1589,12 @@ class Conversation:
         if limit is None or len(fitting[2]) + room <= limit:
             return fitting
         # Leaving out turns moves all the others, so they are computed again: do it seldom, a quarter at a time.
-        least, most = 1, (len(messages) - 1 - first) // 2
-        while least < most:
-            half = (least + most) // 2
-            if len(prompt(first + 2 * half)[2]) + room > limit * 3 // 4:
-                least = half + 1
-            else:
-                most = half
-        fitting = prompt(first + 2 * most)
+        firsts = range(first + 2, len(messages), 2)
+        while len(firsts) > 1:
+            half = len(firsts) // 2
+            fits = len(prompt(firsts[half - 1])[2]) + room <= limit * 3 // 4
+            firsts = firsts[:half] if fits else firsts[half:]
+        fitting = prompt(firsts[0]) if firsts else fitting
         if (size := len(fitting[2])) + room > limit:
             force = ", or start with --force" * (limit != self._model.context_length)
             raise ChatError(
@@ -1606,14 +1602,6 @@ class Conversation:
                 f"{' or lower max-tokens' if size < limit else ''}{force}."
             )
         return fitting
-
-    def _shared_with_next_turn(self, messages: list[Message], tokens: list[int]) -> int:
-        """Return the number of this prompt's tokens with which the next one starts, whatever is said until then.
-
-        That leaves out, for example, a thought that the template opened and will not repeat.
-        """
-        made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-        return common_prefix(tokens, self._model.encode(self._render([*messages, *made_up])))
 
     def keep_state(self, file: Path) -> None:
         """Write the engine's state to a file, up to where the next prompt will share it; the last thing that is done.
@@ -1625,7 +1613,7 @@ class Conversation:
         self._said = {}
         if not self.messages:
             file.unlink(missing_ok=True)
-        elif self._settings.history and self._cache.tokens:
+        elif self._settings.history:
             self._cache.rewind(self._fit([*self.messages, {"role": "user", "content": "b"}], 0)[2])
             self._cache.save(file, self._model.fingerprint)
 
@@ -1637,29 +1625,36 @@ class Conversation:
             turns = fitting // 2
             who = f"The first {turns} turns no longer fit" if turns > 1 else "The first turn no longer fits"
             yield Piece("notice", f"{who} {self.bound()[1]}: left out from here on.")
+        if self._settings.history:
+            self._first = fitting
         self._drop_live()
-        begun = self._begun(text, messages[fitting:])
+        sent = messages[fitting:]
+        begun = self._begun(text, sent)
         said = self._format.said(self._as_text(reply), begun) if reply else ""
         # A clock or a date in the template may be different elsewhere.
         tokens = self.hosts.share(tokens + self._model.encode(said))
-        shared = 0 if self._cache.can_trim else self._shared_with_next_turn(messages[fitting:], tokens)
-        yield from self._prefill(tokens, shared)
+        yield from self._prefill(tokens, sent)
         splitter, responses = ThoughtSplitter(self._format, begun), self._stream(tokens)
         list(splitter.feed(said))
-        # Turns that --no-history leaves out are left out of this turn only.
-        later = fitting if self._settings.history else self._first
-        return Reply(messages, later, self._within_text(responses) if reply else responses, splitter, tokens)
+        return Reply(messages, splitter, self._within_text(responses) if reply else responses, tokens)
 
-    def _prefill(self, tokens: list[int], shared: int) -> Iterator[Piece]:
-        state, self.state, started = self.state, None, time.perf_counter()
+    def _prefill(self, tokens: list[int], messages: list[Message]) -> Iterator[Piece]:
+        """Compute the state of the tokens of a prompt, which these messages make, from what is there already."""
+        state, self.state, shared = self.state, None, 0
         if state:
             self._cache.load(state, self._model.fingerprint, tokens)
-        cached = self._cache.rewind(tokens)
+        statistics, cached = self.statistics, self._cache.rewind(tokens)
         if state and cached and self._settings.stats:
-            yield Piece("notice", f"{cached:,} tokens resumed in {time.perf_counter() - started:.1f} s.")
-        self.statistics = Statistics(len(tokens), cached, self.bound()[0])
+            yield Piece("notice", f"{cached:,} tokens resumed in {time.perf_counter() - statistics.started_s:.1f} s.")
+        statistics.prompt_tokens, statistics.cached_tokens = len(tokens), cached
+        statistics.context_length = self.bound()[0]
+        if not self._cache.can_trim:
+            # The next prompt starts with these of the tokens, whatever is said until then: without, for example, a
+            # thought that the template opened and will not repeat.
+            made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+            shared = common_prefix(tokens, self._model.encode(self._render([*messages, *made_up])))
         # A line tells how far it is before the first chunk is through.
-        for done in itertools.chain([len(self._cache.tokens)], self._cache.prefill(tokens, shared)):
+        for done in itertools.chain([cached], self._cache.prefill(tokens, shared)):
             yield Piece("reading", f"{done} of {len(tokens)} tokens" * (len(tokens) > LONG_PROMPT_TOKENS))
 
     def _stream(self, tokens: list[int]) -> Generator[Any, None, None]:
@@ -1681,42 +1676,45 @@ class Conversation:
         processors = None if penalty == 1 else make_logits_processors(repetition_penalty=penalty)
         return self._cache.stream(tokenizer, tokens, sampler=sampler, logits_processors=processors)
 
-    def _speak(self, live: Reply, started: float) -> Generator[Piece, None, None]:
-        """Yield pieces of a reply, then keep what was said. `started` is the `perf_counter` of the prompt."""
-        statistics, splitter = self.statistics, live.splitter
-        keep = torn = False
+    def _speak(self, live: Reply) -> Generator[Piece, None, None]:
+        """Yield pieces of a reply, then keep what was said."""
+        statistics, goes_on = self.statistics, True
         try:
-            # A thought that is closed goes on with other responses.
-            while response := next(live.responses, None):
-                statistics.generation_tokens += 1
-                statistics.seconds = time.perf_counter() - started
-                statistics.time_to_first_token_s = statistics.time_to_first_token_s or statistics.seconds
-                statistics.finish_reason = response.finish_reason
-                yield from splitter.feed(response.text)
-                statistics.thought_tokens += splitter.kind == "thought"
-                statistics.answer_tokens += splitter.kind in ("answer", HIDDEN)
-                statistics.finish_reason = response.finish_reason or self._is_full(statistics)
-                if statistics.finish_reason:
-                    break
-                if splitter.kind == "thought" and statistics.thought_tokens == self._settings.max_thought_tokens:
-                    yield Piece("notice", f"Thought enough: {statistics.thought_tokens} tokens; the answer begins.")
-                    self._close_thought(live)
-            if statistics.finish_reason == "stop":
-                yield from splitter.finish()
-            keep = True
+            yield from self._pieces(live)
         except (GeneratorExit, KeyboardInterrupt) as stop:
             # Whoever consumes the reply has heard enough; one that was torn goes on from a state computed anew.
-            torn = isinstance(stop, KeyboardInterrupt)
+            goes_on = isinstance(stop, GeneratorExit)
             statistics.finish_reason = statistics.finish_reason or "interrupted"
-            keep = statistics.generation_tokens > 0
             raise
         finally:
-            if keep:
+            # A failure has no reason to finish.
+            kept = bool(statistics.finish_reason and statistics.generation_tokens)
+            if kept:
                 self._keep(live, str(statistics.finish_reason))
-            if keep and not torn and statistics.finish_reason != "stop":
+            if kept and goes_on and statistics.finish_reason != "stop":
                 self._live = live
             else:
                 live.responses.close()
+
+    def _pieces(self, live: Reply) -> Iterator[Piece]:
+        statistics, splitter = self.statistics, live.splitter
+        # A thought that is closed goes on with other responses.
+        while response := next(live.responses, None):
+            statistics.generation_tokens += 1
+            statistics.seconds = time.perf_counter() - statistics.started_s
+            statistics.time_to_first_token_s = statistics.time_to_first_token_s or statistics.seconds
+            statistics.finish_reason = response.finish_reason
+            yield from splitter.feed(response.text)
+            statistics.thought_tokens += splitter.kind == "thought"
+            statistics.answer_tokens += splitter.kind in ("answer", HIDDEN)
+            statistics.finish_reason = response.finish_reason or self._is_full(statistics)
+            if statistics.finish_reason:
+                break
+            if splitter.kind == "thought" and statistics.thought_tokens == self._settings.max_thought_tokens:
+                yield Piece("notice", f"Thought enough: {statistics.thought_tokens} tokens; the answer begins.")
+                self._close_thought(live)
+        if statistics.finish_reason == "stop":
+            yield from splitter.finish()
 
     def _is_full(self, statistics: Statistics) -> str | None:
         marks = statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
@@ -1732,7 +1730,7 @@ class Conversation:
         for mark in filter(None, (self._format.start.strip(), self._format.end.strip())):
             said = said.replace(self._model.as_text(mark), mark, 1)
         self._said[str(message)] = said
-        self._first, self.messages = live.first, [*live.messages, message]
+        self.messages = [*live.messages, message]
 
 
 # --------------------------------------------------------------------------------------- Keeping
