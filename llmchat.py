@@ -1374,9 +1374,9 @@ LEAST_TEMPERATURE = 1e-3
 class Statistics:
     """Figures of one reply. Times are counted from the prompt on, which is when this is made."""
 
+    context_length: int | None
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    context_length: int | None = None
     generation_tokens: int = 0
     thought_tokens: int = 0
     answer_tokens: int = 0
@@ -1433,6 +1433,7 @@ class Conversation:
         # The most tokens that the memory holds; hosts with other layers are to leave out the same turns.
         memory_bytes = model.memory_bytes
         self._memory_tokens = memory_bytes and self.hosts.share(self._cache.tokens_in(memory_bytes))
+        # The last reply, if it can go on: its responses end by themselves once nobody holds them.
         self._live: Reply | None = None
         # Messages before this one are not sent: they no longer fit.
         self._first = 0
@@ -1443,7 +1444,7 @@ class Conversation:
         self._cleared: list[Message] = []
         # Replies as the model said them, marks and all, by their messages.
         self._said: dict[str, str] = {}
-        self.statistics = Statistics()
+        self.statistics = Statistics(None)
         self.seed(settings.seed)
 
     def measure(self, text: str) -> str:
@@ -1463,8 +1464,7 @@ class Conversation:
         """Make what is sampled from here on repeatable; None leaves chance to chance, the same on all hosts."""
         import mlx.core as mx
 
-        seed = self.hosts.share(time.time_ns() if seed is None else seed)
-        mx.random.seed(seed)
+        mx.random.seed(self.hosts.share(time.time_ns() if seed is None else seed))
 
     def reply(self, prompt: str, before: list[Message] | None = None) -> Generator[Piece, None, None]:
         """Yield the reply to `prompt`, after all messages or those `before`.
@@ -1472,7 +1472,7 @@ class Conversation:
         Raises `ChatError` if the template refuses the prompt, the context has no room for it, or the
         engine fails.
         """
-        self.statistics = Statistics()
+        self.statistics = Statistics(self.bound()[0])
         before = self.messages if before is None else before
         yield from self._speak((yield from self._begin([*before, {"role": "user", "content": prompt}])))
 
@@ -1491,7 +1491,8 @@ class Conversation:
         if not self.messages or "finish_reason" not in self.messages[-1]:
             raise ChatError(f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}.")
         *before, reply = self.messages
-        self.statistics, (limit, bound) = Statistics(context_length=self.bound()[0]), self.bound()
+        limit, bound = self.bound()
+        self.statistics = Statistics(limit)
         live = self._live or (yield from self._begin(before, reply))
         if answer and live.splitter.kind != "thought":
             raise ChatError("There is no thought to close: /continue goes on with the answer.")
@@ -1530,21 +1531,15 @@ class Conversation:
             return ""
         if not self.messages:
             raise ChatError("There is no turn to take back.")
-        self._drop_live()
         *self.messages, prompt, _ = self.messages
         # Turns left out may fit again.
-        self._first = 0
+        self._live, self._first = None, 0
         return prompt["content"]
 
     def clear(self) -> None:
         """Start over. The engine's state stays: a new conversation may start with the same tokens."""
-        self._drop_live()
-        self._cleared, self.messages, self._first = self.messages or self._cleared, [], 0
-
-    def _drop_live(self) -> None:
-        if self._live is not None:
-            self._live.responses.close()
-            self._live = None
+        self._cleared, self.messages = self.messages or self._cleared, []
+        self._live, self._first = None, 0
 
     def _render(self, messages: list[Message], prompted: bool = True) -> str:
         taken = [
@@ -1608,9 +1603,8 @@ class Conversation:
 
         Raises whatever goes wrong.
         """
-        self._drop_live()
         # A chat that goes on with the messages doesn't know the model's own words, nor what was left out.
-        self._said = {}
+        self._live, self._said = None, {}
         if not self.messages:
             file.unlink(missing_ok=True)
         elif self._settings.history:
@@ -1627,8 +1621,7 @@ class Conversation:
             yield Piece("notice", f"{who} {self.bound()[1]}: left out from here on.")
         if self._settings.history:
             self._first = fitting
-        self._drop_live()
-        sent = messages[fitting:]
+        self._live, sent = None, messages[fitting:]
         begun = self._begun(text, sent)
         said = self._format.said(self._as_text(reply), begun) if reply else ""
         # A clock or a date in the template may be different elsewhere.
@@ -1647,7 +1640,6 @@ class Conversation:
         if state and cached and self._settings.stats:
             yield Piece("notice", f"{cached:,} tokens resumed in {time.perf_counter() - statistics.started_s:.1f} s.")
         statistics.prompt_tokens, statistics.cached_tokens = len(tokens), cached
-        statistics.context_length = self.bound()[0]
         if not self._cache.can_trim:
             # The next prompt starts with these of the tokens, whatever is said until then: without, for example, a
             # thought that the template opened and will not repeat.
@@ -1678,26 +1670,22 @@ class Conversation:
 
     def _speak(self, live: Reply) -> Generator[Piece, None, None]:
         """Yield pieces of a reply, then keep what was said."""
-        statistics, goes_on = self.statistics, True
+        statistics, torn = self.statistics, False
         try:
             yield from self._pieces(live)
         except (GeneratorExit, KeyboardInterrupt) as stop:
             # Whoever consumes the reply has heard enough; one that was torn goes on from a state computed anew.
-            goes_on = isinstance(stop, GeneratorExit)
+            torn = isinstance(stop, KeyboardInterrupt)
             statistics.finish_reason = statistics.finish_reason or "interrupted"
             raise
         finally:
-            # A failure has no reason to finish.
-            kept = bool(statistics.finish_reason and statistics.generation_tokens)
-            if kept:
-                self._keep(live, str(statistics.finish_reason))
-            if kept and goes_on and statistics.finish_reason != "stop":
-                self._live = live
-            else:
-                live.responses.close()
+            # A reply that failed has no reason to finish.
+            if statistics.finish_reason and statistics.generation_tokens:
+                self._keep(live, statistics.finish_reason)
+                self._live = None if torn or statistics.finish_reason == "stop" else live
 
     def _pieces(self, live: Reply) -> Iterator[Piece]:
-        statistics, splitter = self.statistics, live.splitter
+        statistics, splitter, settings = self.statistics, live.splitter, self._settings
         # A thought that is closed goes on with other responses.
         while response := next(live.responses, None):
             statistics.generation_tokens += 1
@@ -1707,19 +1695,15 @@ class Conversation:
             yield from splitter.feed(response.text)
             statistics.thought_tokens += splitter.kind == "thought"
             statistics.answer_tokens += splitter.kind in ("answer", HIDDEN)
-            statistics.finish_reason = response.finish_reason or self._is_full(statistics)
-            if statistics.finish_reason:
-                break
-            if splitter.kind == "thought" and statistics.thought_tokens == self._settings.max_thought_tokens:
+            marks = statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
+            if response.finish_reason:
+                yield from splitter.finish()
+            elif statistics.full or statistics.answer_tokens >= settings.max_tokens or marks > MOST_MARK_TOKENS:
+                statistics.finish_reason = "length"
+                return
+            elif splitter.kind == "thought" and statistics.thought_tokens == settings.max_thought_tokens:
                 yield Piece("notice", f"Thought enough: {statistics.thought_tokens} tokens; the answer begins.")
                 self._close_thought(live)
-        if statistics.finish_reason == "stop":
-            yield from splitter.finish()
-
-    def _is_full(self, statistics: Statistics) -> str | None:
-        marks = statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
-        cut = statistics.answer_tokens >= self._settings.max_tokens or marks > MOST_MARK_TOKENS
-        return "length" if cut or statistics.full else None
 
     def _keep(self, live: Reply, finish_reason: str) -> None:
         message = {"role": "assistant", **live.splitter.said()}
