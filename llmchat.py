@@ -919,10 +919,7 @@ class PromptCache:
         self._snapshots = [*self._snapshots[-1:], (len(self.tokens), copies)]
 
     def rewind(self, prompt: Sequence[int]) -> int:
-        """Go to the longest prefix of `prompt` that can be reached and leaves at least one token to compute.
-
-        Returns its length: the tokens that will not be put through the model again.
-        """
+        """Go to the longest prefix of `prompt` that can be reached and leaves a token to compute; return its length."""
         shared = common_prefix(self.tokens, prompt[:-1])
         if shared == len(self.tokens):
             return shared
@@ -1123,6 +1120,11 @@ class ThoughtFormat(NamedTuple):
     place: str = ""
 
     @property
+    def marks(self) -> list[str]:
+        """The marks of a thought that are known, without blanks around."""
+        return [mark.strip() for mark in (self.start, self.end) if mark.strip()]
+
+    @property
     def closing(self) -> str:
         """The text that ends a thought and begins the answer."""
         return self.end + self.lead * (self.lead.strip() not in self.end)
@@ -1207,10 +1209,10 @@ class ThoughtFinder:
         before, _, after = self._probe(ANSWER).partition(ANSWER)
         tails = [after.partition(end)[0] for end in self._ends if end in after]
         found = self._by_message() or self._by_marks()
-        lead = before[self._header(before) :]
-        if any(mark.strip() and mark.strip() in lead for mark in (found.start, found.end)):
+        lead = found.lead or before[self._header(before) :]
+        if any(mark in lead for mark in found.marks):
             lead = ""
-        return found._replace(lead=found.lead or lead, tail=found.tail or min(tails, key=len, default=""))
+        return found._replace(lead=lead, tail=found.tail or min(tails, key=len, default=""))
 
     def _probe(
         self, answer: str = "", thought: str = "", place: str = "", after: Sequence[Message] = (), **switches: Any
@@ -1426,7 +1428,6 @@ class Conversation:
     def __init__(self, model: Model, settings: Settings, messages: Sequence[Message] = ()) -> None:
         self._model = model
         self._settings = settings
-        # The hosts that hold the model.
         self.hosts = model.hosts
         self._format = ThoughtFinder(model).find()
         self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
@@ -1467,11 +1468,7 @@ class Conversation:
         mx.random.seed(self.hosts.share(time.time_ns() if seed is None else seed))
 
     def reply(self, prompt: str, before: list[Message] | None = None) -> Generator[Piece, None, None]:
-        """Yield the reply to `prompt`, after all messages or those `before`.
-
-        Raises `ChatError` if the template refuses the prompt, the context has no room for it, or the
-        engine fails.
-        """
+        """Yield the reply to `prompt`, after all messages or those `before`. Raises `ChatError`."""
         self.statistics = Statistics(self.bound()[0])
         before = self.messages if before is None else before
         yield from self._speak((yield from self._begin([*before, {"role": "user", "content": prompt}])))
@@ -1484,10 +1481,7 @@ class Conversation:
         return self.reply(prompt["content"], before)
 
     def resume(self, answer: bool = False) -> Generator[Piece, None, None]:
-        """Go on with a reply that was cut or stopped, from the live state: nothing is computed again.
-
-        With `answer` its thought is closed first. Raises `ChatError` where there is nothing to go on with.
-        """
+        """Go on with a reply that was cut or stopped; with `answer` its thought is closed first. Raises `ChatError`."""
         if not self.messages or "finish_reason" not in self.messages[-1]:
             raise ChatError(f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}.")
         *before, reply = self.messages
@@ -1555,9 +1549,8 @@ class Conversation:
 
     def _begun(self, text: str, messages: list[Message]) -> str:
         """Return the part of the reply that a prompt has said already: it may have opened, or closed, a thought."""
-        marks = [mark for mark in (self._format.start.strip(), self._format.end.strip()) if mark]
-        header = text[common_prefix(text, self._render(messages, prompted=False)) :] if marks else ""
-        return next((header[header.rfind(mark) :] for mark in marks if mark in header), "")
+        header = text[common_prefix(text, self._render(messages, prompted=False)) :] if self._format.marks else ""
+        return next((header[header.rfind(mark) :] for mark in self._format.marks if mark in header), "")
 
     def doubt(self) -> str:
         """Return a sentence on what the template can't do of the way to think that was asked for, or nothing."""
@@ -1599,10 +1592,7 @@ class Conversation:
         return fitting
 
     def keep_state(self, file: Path) -> None:
-        """Write the engine's state to a file, up to where the next prompt will share it; the last thing that is done.
-
-        Raises whatever goes wrong.
-        """
+        """Write the engine's state, up to where the next prompt will share it. Raises whatever goes wrong."""
         # A chat that goes on with the messages doesn't know the model's own words, nor what was left out.
         self._live, self._said = None, {}
         if not self.messages:
@@ -1664,8 +1654,8 @@ class Conversation:
                 top_k=settings.top_k if settings.top_k < tokenizer.vocab_size else 0,
             )(logprobs)
 
-        penalty = settings.repetition_penalty
-        processors = None if penalty == 1 else make_logits_processors(repetition_penalty=penalty)
+        penalty = None if settings.repetition_penalty == 1 else settings.repetition_penalty
+        processors = make_logits_processors(repetition_penalty=penalty)
         return self._cache.stream(tokenizer, tokens, sampler=sampler, logits_processors=processors)
 
     def _speak(self, live: Reply) -> Generator[Piece, None, None]:
@@ -1711,7 +1701,7 @@ class Conversation:
             message["finish_reason"] = finish_reason
         # Only the marks of the one thought are more than text.
         said = self._model.as_text(live.splitter.text)
-        for mark in filter(None, (self._format.start.strip(), self._format.end.strip())):
+        for mark in self._format.marks:
             said = said.replace(self._model.as_text(mark), mark, 1)
         self._said[str(message)] = said
         self.messages = [*live.messages, message]
