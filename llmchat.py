@@ -1471,7 +1471,8 @@ class Conversation:
         """Yield the reply to `prompt`, after all messages or those `before`. Raises `ChatError`."""
         self.statistics = Statistics(self.bound()[0])
         before = self.messages if before is None else before
-        yield from self._speak((yield from self._begin([*before, {"role": "user", "content": prompt}])))
+        live = yield from self._begin([*before, {"role": "user", "content": prompt}])
+        yield from self._speak(live)
 
     def retry(self) -> Generator[Piece, None, None]:
         """Yield another reply to the last prompt, in place of the last one. Raises like `reply`."""
