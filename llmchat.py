@@ -1426,9 +1426,7 @@ class Conversation:
     """
 
     def __init__(self, model: Model, settings: Settings, messages: Sequence[Message] = ()) -> None:
-        self._model = model
-        self._settings = settings
-        self.hosts = model.hosts
+        self._model, self._settings, self.hosts = model, settings, model.hosts
         self._format = ThoughtFinder(model).find()
         self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
         # The most tokens that the memory holds; hosts with other layers are to leave out the same turns.
@@ -1521,15 +1519,15 @@ class Conversation:
 
     def undo(self) -> str:
         """Take the last turn back and return its prompt; where there is none, take `clear` back and return nothing."""
-        if not self.messages and self._cleared:
-            self.messages, self._cleared = self._cleared, []
-            return ""
-        if not self.messages:
+        if self.messages:
+            *self.messages, prompt, _ = self.messages
+            # Turns left out may fit again.
+            self._live, self._first = None, 0
+            return prompt["content"]
+        if not self._cleared:
             raise ChatError("There is no turn to take back.")
-        *self.messages, prompt, _ = self.messages
-        # Turns left out may fit again.
-        self._live, self._first = None, 0
-        return prompt["content"]
+        self.messages, self._cleared = self._cleared, []
+        return ""
 
     def clear(self) -> None:
         """Start over. The engine's state stays: a new conversation may start with the same tokens."""
