@@ -1411,6 +1411,8 @@ class Reply:
     """A reply under way. It is kept when it was cut or stopped, so that it can go on from the live state."""
 
     messages: list[Message]
+    # The first of the messages that the next turn sends.
+    first: int
     splitter: ThoughtSplitter
     responses: Generator[Any, None, None]
     # What the responses go on from; the engine has its last token only with the first of them.
@@ -1593,7 +1595,8 @@ class Conversation:
     def keep_state(self, file: Path) -> None:
         """Write the engine's state, up to where the next prompt will share it. Raises whatever goes wrong."""
         # A chat that goes on with the messages doesn't know the model's own words, nor what was left out.
-        self._live, self._said = None, {}
+        self._said = {}
+        self._live = None
         if not self.messages:
             file.unlink(missing_ok=True)
         elif self._settings.history:
@@ -1608,9 +1611,8 @@ class Conversation:
             turns = fitting // 2
             who = f"The first {turns} turns no longer fit" if turns > 1 else "The first turn no longer fits"
             yield Piece("notice", f"{who} {self.bound()[1]}: left out from here on.")
-        if self._settings.history:
-            self._first = fitting
-        self._live, sent = None, messages[fitting:]
+        self._live = None
+        sent = messages[fitting:]
         begun = self._begun(text, sent)
         said = self._format.said(self._as_text(reply), begun) if reply else ""
         # A clock or a date in the template may be different elsewhere.
@@ -1618,7 +1620,9 @@ class Conversation:
         yield from self._prefill(tokens, sent)
         splitter, responses = ThoughtSplitter(self._format, begun), self._stream(tokens)
         list(splitter.feed(said))
-        return Reply(messages, splitter, self._within_text(responses) if reply else responses, tokens)
+        # Turns that --no-history leaves out are left out of this turn only.
+        later = fitting if self._settings.history else self._first
+        return Reply(messages, later, splitter, self._within_text(responses) if reply else responses, tokens)
 
     def _prefill(self, tokens: list[int], messages: list[Message]) -> Iterator[Piece]:
         """Compute the state of the tokens of a prompt, which these messages make, from what is there already."""
@@ -1703,7 +1707,7 @@ class Conversation:
         for mark in self._format.marks:
             said = said.replace(self._model.as_text(mark), mark, 1)
         self._said[str(message)] = said
-        self.messages = [*live.messages, message]
+        self._first, self.messages = live.first, [*live.messages, message]
 
 
 # --------------------------------------------------------------------------------------- Keeping
