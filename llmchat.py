@@ -2496,22 +2496,6 @@ class LineEditor:
 
 
 LEAVE_WORDS = ("quit", "bye", "exit")
-# What may follow each command, and what it does; the method of `Chat` with its name obeys it.
-COMMANDS = {
-    "/help": ("", "List the commands"),
-    "/clear": ("", "Start a new conversation; /undo brings this one back"),
-    "/retry": ("", "Say the last reply again"),
-    "/undo": ("", "Take the last turn back and edit its prompt"),
-    "/continue": ("", "Go on with a reply that was cut or stopped"),
-    "/answer": ("", "Close a thought that was cut or stopped: the answer begins"),
-    "/system": ("[TEXT]", "Show or set the system prompt; - removes it"),
-    "/set": ("[KEY VALUE]", "List the settings, show one, or change it; the value default puts it back"),
-    "/stats": ("[on|off]", "Show statistics after each reply, or no longer"),
-    "/file": ("[PATH ...]", "Put files before the next prompt; - drops them"),
-    "/edit": ("[TEXT]", "Edit TEXT, or the last prompt, in $VISUAL or $EDITOR"),
-    "/copy": ("[code [N]]", "Copy the last answer, or its last or Nth block of code"),
-    "/save": ("FILE", "Write the conversation: NAME.md as Markdown, else as --session does"),
-}
 KEYS_HELP = (
     (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
     ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line"),
@@ -2595,6 +2579,20 @@ class Signals:
                 raise KeyboardInterrupt
 
 
+# What may follow each command, what it does, and the method of `Chat` that obeys it.
+COMMANDS: dict[str, tuple[str, str, Callable[[Chat, str], None]]] = {}
+
+
+def command(arguments: str = "") -> Callable[[Any], Any]:
+    """Declare a method as a command: its name is the word, its docstring the help."""
+
+    def declare(method: Any) -> Any:
+        COMMANDS["/" + method.__name__.strip("_")] = arguments, method.__doc__.rstrip("."), method
+        return method
+
+    return declare
+
+
 def completions(line: str) -> list[str]:
     """Return the lines that Tab may make of a line's beginning: commands, keys of `/set`, file names, or just a tab."""
     if not line.startswith("/"):
@@ -2602,7 +2600,7 @@ def completions(line: str) -> list[str]:
     word, space, rest = line.partition(" ")
     wholes: Iterable[str] = ()
     if not space:
-        wholes = (f"{name} " if arguments else name for name, (arguments, _) in COMMANDS.items())
+        wholes = (f"{name} " if arguments else name for name, (arguments, *_) in COMMANDS.items())
     elif word == "/set":
         wholes = (f"/set {key} " for key, (name, no) in KEYS.items() if OPTIONS[name].scope is CHAT and not no)
     elif word in ("/save", "/file"):
@@ -2745,7 +2743,7 @@ class Chat:
         elif rest and not COMMANDS[word][0]:
             raise ChatError(f"{word} takes no text: nothing was done. To send a line that starts with /, type //.")
         else:
-            getattr(self, word.replace("/", "_"))(rest.strip())
+            COMMANDS[word][2](self, rest.strip())
 
     def say(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
@@ -2848,35 +2846,51 @@ class Chat:
         if ended and self.settings.stats:
             self.screen.note(statistics.line())
 
+    @command()
     def _help(self, rest: str) -> None:
-        commands = [(f"{name} {arguments}", does) for name, (arguments, does) in COMMANDS.items()]
+        """List the commands."""
+        commands = [(f"{name} {arguments}", does) for name, (arguments, does, _) in COMMANDS.items()]
         self._write_table([*commands, *KEYS_HELP])
 
+    @command()
     def _clear(self, rest: str) -> None:
+        """Start a new conversation; /undo brings this one back."""
         self._set_aside()
         self.conversation.clear()
         self.screen.note("A new conversation.")
 
+    @command()
     def _retry(self, rest: str) -> None:
+        """Say the last reply again."""
         self._show(self.conversation.retry())
 
+    @command()
     def _undo(self, rest: str) -> None:
+        """Take the last turn back and edit its prompt."""
         self.draft = self.conversation.undo()
         self.screen.note("The last turn is taken back." if self.draft else "The conversation is back.")
 
+    @command()
     def _continue(self, rest: str) -> None:
+        """Go on with a reply that was cut or stopped."""
         self._show(self.conversation.resume())
 
+    @command()
     def _answer(self, rest: str) -> None:
+        """Close a thought that was cut or stopped: the answer begins."""
         self._show(self.conversation.resume(answer=True))
 
+    @command("[TEXT]")
     def _system(self, rest: str) -> None:
+        """Show or set the system prompt; - removes it."""
         if rest:
             self._set(f"system {'default' if rest == '-' else rest}")
         else:
             self.screen.write(f"{cleaned(self.settings.system or 'There is no system prompt.')}\n")
 
+    @command("[KEY VALUE]")
     def _set(self, rest: str) -> None:
+        """List the settings, show one, or change it; the value default puts it back."""
         key, value = [*re.split(r"[\s=]+", rest, maxsplit=1), ""][:2]
         name = KEYS.get(key.lower().replace("_", "-"), ("", False))[0]
         if not value and (name or not key):
@@ -2896,10 +2910,14 @@ class Chat:
         if name == "think" and (doubt := self.conversation.doubt()):
             self.screen.note(doubt)
 
+    @command("[on|off]")
     def _stats(self, rest: str) -> None:
+        """Show statistics after each reply, or no longer."""
         self._set(f"stats {rest or ('off' if self.settings.stats else 'on')}")
 
+    @command("[PATH ...]")
     def _file(self, rest: str) -> None:
+        """Put files before the next prompt; - drops them."""
         with foreign(f"/file {shortened(rest)}: {{}}"):
             words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
         self.files = [] if words == ["-"] else self.files + read_texts(words)
@@ -2908,7 +2926,9 @@ class Chat:
         if not self.files:
             self.screen.note("No files wait for the next prompt.")
 
+    @command("[TEXT]")
     def _edit(self, rest: str) -> None:
+        """Edit TEXT, or the last prompt, in $VISUAL or $EDITOR."""
         program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
         before = "".join(message["content"] for message in self.conversation.messages[-2:-1])
         with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self.editor.lent():
@@ -2921,7 +2941,9 @@ class Chat:
             raise ChatError(f"{program} ended with status {status}: nothing is taken from it.")
         self.draft = text
 
+    @command("[code [N]]")
     def _copy(self, rest: str) -> None:
+        """Copy the last answer, or its last or Nth block of code."""
         if not self.conversation.messages:
             raise ChatError("There is no answer to copy.")
         answer = self.conversation.messages[-1]["content"].strip()
@@ -2930,10 +2952,12 @@ class Chat:
         for count, (_, block) in enumerate(blocks, 1):
             parts["code"] = parts[f"code {count}"] = block
         if rest not in parts:
-            raise ChatError(f"/copy code N takes a number from 1 to {len(blocks)}: the blocks of the last answer.")
+            raise ChatError(f"There is no such block of code: the last answer has {len(blocks)}.")
         self.screen.note(put_in_clipboard(parts[rest], self.screen))
 
+    @command("FILE")
     def _save(self, rest: str) -> None:
+        """Write the conversation: NAME.md as Markdown, else as --session does."""
         if not rest:
             raise ChatError("/save needs the name of a file.")
         if self.conversation.hosts.rank:

@@ -2189,7 +2189,7 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
     screen.send("/copy\r", f"{len(SAID_HELLO)} characters went to the terminal, to be copied.\n*prompt -> ")
     assert base64.b64encode(SAID_HELLO.encode()).decode() in screen.output
     screen.ask("How do I print it?")
-    screen.send("/copy code 2\r", "takes a number from 1 to 1*prompt -> ")
+    screen.send("/copy code 2\r", "no such block of code: the last answer has 1.*prompt -> ")
     screen.send("/copy code\r", f"{len(PRINT)} characters went*prompt -> ")
     assert base64.b64encode(PRINT.encode()).decode() in screen.output
     screen.send("/edit\r", "prompt -> My name is\nAda.")
