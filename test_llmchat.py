@@ -748,8 +748,7 @@ def hub(environment, demo):
 
 WRONG_FLAGS = [
     *("--temperature=-1", "--temperature=nan", "--temperature=inf", "--temperature=warm", "--max-tokens=0"),
-    *("--max-tokens=1.5", "--top-p=2", "--top-p=-0.1", "--top-k=-1", "--min-p=1.1", "--repetition-penalty=0"),
-    *("--seed=-1", "--seed=x", "--nonsense", "--temp=1"),
+    *("--max-tokens=1.5", "--top-p=2", "--top-k=-1", "--min-p=1.1", "--repetition-penalty=0", "--seed=-1", "--temp=1"),
 ]
 WRONG_LINES = {
     "temprature = 1": "is no setting; did you mean temperature?",
@@ -758,16 +757,6 @@ WRONG_LINES = {
     "temperature =": "needs a value",
     "stats = maybe": "must be true or false, not 'maybe'",
     "trust-remote-code = true": "can only be given on the command line",
-}
-WICKED = {
-    "CSI": "\x1b[2J\x1b[31;1mred",
-    "OSC 8": "\x1b]8;;http://evil\x1b\\\\click\x1b]8;;\x07",
-    "OSC 52": "\x1b]52;c;cm0gLXJm\x07",
-    "DCS": "\x1bP+q544e\x1b\\\\",
-    "C0": "\x00\x05\x07\x08\x0b\x0c\r\x0e\x0f\x1a\x1c",
-    "DEL": "a\x7f\x7fb",
-    "C1": "".join(map(chr, range(0x80, 0xA0))) + "31m",
-    "bidi": "\u202a\u202b\u202c\u202d\u202eexe.txt\u2066\u2067\u2068\u2069",
 }
 
 
@@ -825,9 +814,9 @@ def test_thoughts_are_told_apart_wherever_the_text_is_split(family) -> None:
         assert said == {"thought": "a < b, <thin", "answer": "No <thought> about <think>."}
 
 
-@pytest.mark.parametrize("kind", WICKED)
-def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split(kind) -> None:
-    text = f"Look: {WICKED[kind]} there"
+def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split() -> None:
+    wicked = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+    text = f"Look: \x1b[2J\x1b]52;c;cm0=\x07{''.join(filter(wicked.match, map(chr, range(0x3000))))} there"
     shown = set()
     for place in range(len(text) + 1):
         stdout, stderr = io.StringIO(), io.StringIO()
@@ -839,8 +828,8 @@ def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split(kind) -> None:
         screen.note(text)
         shown.add(stdout.getvalue())
         for output in (stdout.getvalue(), stderr.getvalue()):
-            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", output)
-    assert [*shown] == [Like("Look: * there\n")]
+            assert not wicked.search(output)
+    assert shown == {"Look: [2J]52;c;cm0= there\n"}
     assert llmchat.cleaned("\tschön 👋🏽\n שלום\u200f") == "\tschön 👋🏽\n שלום\u200f"
 
 
