@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import cProfile
 import dataclasses
 import fcntl
 import hashlib
@@ -19,6 +20,7 @@ import importlib
 import io
 import itertools
 import json
+import mmap
 import os
 import platform
 import pty
@@ -46,7 +48,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import llmchat
-from llmchat import ChatError, Conversation, Piece, Settings, ThoughtSplitter
+from llmchat import ChatError, Conversation, Piece, Settings, ThoughtSplitter, as_lines
 
 # A test run that was started in the background ignores these two, and so would every program it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -987,11 +989,7 @@ def test_every_reply_is_word_for_word_right_and_costs_its_new_tokens(conversatio
 
 
 def test_a_stopped_reply_is_kept_as_far_as_it_was_heard_and_the_next_turn_is_right(talk) -> None:
-    pieces = talk.reply("Count.")
-    said = "".join(next(piece.text for piece in pieces if piece.kind != "reading") for _ in range(2))
-    pieces.close()
-    assert said.strip() in str(talk.messages[1])
-    assert hear(talk.retry(), until="4,")[1] == STOPPED
+    assert hear(talk.reply("Count."), until="4,")[1] == STOPPED
     assert talk.statistics.finish_reason == "interrupted"
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
     assert talk.messages[1]["content"].endswith(STOPPED)
@@ -1073,24 +1071,6 @@ def test_a_reply_with_a_repetition_penalty_does_not_depend_on_the_cache(model) -
     hear(second.reply("Hello"))
     second.undo()
     assert said == hear(first.retry()) == hear(second.reply("Hm?"))
-
-
-@pytest.mark.parametrize("think", [None, True, False])
-def test_thinking_is_only_switched_when_the_user_says_so(think, model) -> None:
-    talk, question = Talk(model, think=think, max_tokens=1), [{"role": "user", "content": "Hello"}]
-    hear(talk.reply("Hello"))
-    switched = think is False and "enable_thinking" in talk.family.template
-    expected = talk.encoded(question, **({"enable_thinking": False} if switched else {}))
-    assert talk.statistics.prompt_tokens == len(expected)
-
-
-def test_a_thought_that_was_cut_is_closed_before_the_next_turn(hurried) -> None:
-    assert hear(hurried.reply(HURRY.prompt), until="One tw") == ("One tw", "")
-    assert "One tw" in str(hurried.messages[-1])
-    left = [*dataclasses.replace(HURRY, answer="").messages(), {"role": "user", "content": "b"}]
-    hurried.settings.max_tokens = 1
-    hear(hurried.reply("b"))
-    assert hurried.statistics.prompt_tokens == len(hurried.encoded(left))
 
 
 def test_what_is_left_of_a_conversation_is_right_when_its_first_turn_is_left_out(talk) -> None:
@@ -1222,12 +1202,9 @@ def test_a_failing_turn_does_not_end_the_chat(talk) -> None:
 # ---------------------------------------------------------------------------------------- Session
 
 GREETING = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! 👋🏽\n<think>"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
 FAREWELL = [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "\u0085\u2028 See you."}]
 RESUMED = re.compile(r"([\d,]+) tokens resumed in [\d.]+ s\.\n")
-
-
-def as_lines(*messages: dict) -> str:
-    return "".join(json.dumps(message) + "\n" for message in messages)
 
 
 def reread(path: Path) -> list[dict]:
@@ -1239,41 +1216,30 @@ def contents(path: Path) -> list[str]:
     return [message["content"] for message in reread(path)]
 
 
-def test_a_session_file_holds_what_was_saved_last(tmp_path) -> None:
-    path, both, system = tmp_path / "session", [*GREETING, *FAREWELL], {"role": "system", "content": "Be brief."}
-    session = llmchat.SessionFile(path)
-    steps = [GREETING[:1], GREETING, both, GREETING, GREETING, [system, *GREETING], [system, *both], [], FAREWELL]
-    for messages in steps:
-        session.save(messages)
-        assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == messages
-    session.close()
-    assert reread(path) == FAREWELL
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_session_of_other_hands_keeps_what_it_says_its_mode_and_its_link(tmp_path) -> None:
+def test_a_session_file_holds_what_was_saved_last_and_keeps_its_mode_and_its_link(tmp_path) -> None:
     path, link = tmp_path / "folder" / "session", tmp_path / "link"
     path.parent.mkdir()
     link.symlink_to(path)
     path.write_text('{"content":"Hello",  "role":"user", "at": 5}\n{"role": "assistant", "content": "Hi"}')
     path.chmod(0o640)
     session = llmchat.SessionFile(link)
-    assert session.messages[0]["at"] == 5
-    session.save([*session.messages, *FAREWELL])
+    held = session.messages
+    assert held == [{**GREETING[0], "at": 5}, {"role": "assistant", "content": "Hi"}]
+    both = [*held, *FAREWELL]
+    for messages in (held[:1], held, both, GREETING, GREETING, [SYSTEM, *held], [SYSTEM, *both], [], FAREWELL):
+        session.save(messages)
+        assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == messages
     session.close()
-    assert reread(path) == [{**GREETING[0], "at": 5}, {"role": "assistant", "content": "Hi"}, *FAREWELL]
+    assert reread(path) == FAREWELL
     assert path.stat().st_mode & 0o777 == 0o640
     assert link.is_symlink()
     assert list(path.parent.iterdir()) == [path]
 
 
 NO_SESSIONS = [
-    *(b"hello", b"hello\n", b"{\n}\n", b"{}", b"[1]", b"\xff\xfe\n", b"{\\rtf1 Dear}", b'{"a": 1'),
-    *(b'{"role": "tool", "content": "x"}\n', b'{"role": "user", "content": 5}\n', b'{"role": "user"}\n{'),
-    *(as_lines(GREETING[1]).encode(), as_lines(GREETING[0], GREETING[0]).encode(), as_lines(*GREETING).encode()[:-9]),
-    *(as_lines(*GREETING).replace("\n", "\n\n").encode(), as_lines(*GREETING).replace("H", "\r").encode()),
-    as_lines(*GREETING).encode() + bytes(512),
+    *(b"hello", b"{\n}\n", b"[1]", b"[" * 99999, b"\xff\xfe\n", b'{"role": "user", "content": 5}'),
+    *(as_lines(GREETING)[:-9], as_lines(GREETING) + bytes(99), as_lines(GREETING[1:]), as_lines(GREETING[:1] * 2)),
+    *(as_lines([{**GREETING[0], **wrong}]) for wrong in ({"role": "tool"}, {"reasoning_content": 5})),
 ]
 
 
@@ -1285,47 +1251,41 @@ def test_what_is_no_session_is_refused_untouched(tmp_path) -> None:
             llmchat.SessionFile(path)
         assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    with contextlib.closing(llmchat.SessionFile(path)), pytest.raises(ChatError, match="in use by another chat"):
+        llmchat.SessionFile(path)
 
 
 def test_a_killed_chat_loses_no_message_that_was_saved(tmp_path) -> None:
-    chance = random.Random(1)
+    chance, saved = random.Random(1), mmap.mmap(-1, 1)
     for case in range(50):
-        path = tmp_path / str(case)
-        told, acknowledge = os.pipe()
+        path, saved[0] = tmp_path / str(case), 0
         if (pid := os.fork()) == 0:
             session = llmchat.SessionFile(path)
             for count in range(250):
                 message = {"role": "assistant" if count % 2 else "user", "content": f"{count} " + "x" * 5000}
                 session.save([*session.messages, message])
-                os.write(acknowledge, bytes([count + 1]))
+                saved[0] = count + 1
             signal.pause()
-        os.close(acknowledge)
-        os.read(told, 1)
+        wait_until(lambda: saved[0])
         time.sleep(chance.random() * 0.02)  # the random moment
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        with open(told, "rb") as rest:
-            acknowledged = (b"\1" + rest.read())[-1]
-        assert acknowledged <= len(reread(path)) <= acknowledged + 1
+        assert saved[0] <= len(reread(path)) <= saved[0] + 1
 
 
-def test_a_session_that_can_not_be_used_is_one_sentence(demo, chat, terminal, home) -> None:
-    for name in ("/", "no/such/folder/file"):
-        assert chat("some/model", "--session", name).complaint == Like(f"{name} can't be used as a session: *.")
-    terminal(demo, "--session", "talk")
-    done = chat(demo, "--session", "talk", "-p", "Say hello.")
-    assert (done.out, done.complaint) == ("", Like("talk is in use by another chat*."))
-
-
-def test_a_session_that_can_not_be_written_complains_once_and_the_chat_goes_on(demo, terminal, home) -> None:
+def test_a_session_that_can_not_be_written_complains_once_and_holds_all_when_it_can(demo, terminal, home) -> None:
     (home / "folder").mkdir()
     screen = terminal(demo, "--session", "folder/talk")
     screen.ask("Hello, how are you?")
     shutil.rmtree(home / "folder")
     for turn in SAMPLE[1:4]:
         assert turn.answer in screen.ask(turn.prompt)
-    assert screen.leave(CTRL_D) == 0
     assert plain(screen.output).count("folder/talk could not be written") == 1
+    (home / "folder").mkdir()
+    screen.ask(SAMPLE[4].prompt)
+    assert screen.leave("\x1c") == 131
+    assert contents(home / "folder/talk")[1::2] == [turn.answer for turn in SAMPLE]
 
 
 def test_a_chat_goes_on_where_it_was_left(demo, chat, home) -> None:
@@ -1365,7 +1325,7 @@ def test_one_shots_with_nothing_to_say_or_no_place_to_be(demo, chat, home) -> No
     for prompt in ("", "-"):
         assert chat(demo, "-p", prompt).complaint.startswith("There is nothing to reply to: give -p a text")
     session = home / "chat.jsonl"
-    session.write_text(as_lines({"role": "user", "content": "Lost?"}))
+    session.write_bytes(as_lines([{"role": "user", "content": "Lost?"}]))
     done = chat(demo, "--session", str(session), "-p", "Say hello.")
     lost = f"The last prompt of {session} got no reply, and is left out: Lost?\n"
     assert done == (SAID_HELLO + "\n", lost, 0)
@@ -1391,7 +1351,7 @@ def test_a_prompt_whose_reply_was_lost_waits_in_the_line(flags, demo, terminal, 
     assert screen.leave(CTRL_D) == 0
     assert contents(session) == ["Count.", NUMBERS]
     # It can't drive the terminal.
-    session.write_text(as_lines({"role": "user", "content": "\x1b]0;x\x07Hi\x9b5n"}))
+    session.write_bytes(as_lines([{"role": "user", "content": "\x1b]0;x\x07Hi\x9b5n"}]))
     screen = terminal(demo, *flags, prompt="prompt -> ]0;xHi5n")
     assert not {"\x07", "\x9b"} & {*screen.output}
 
@@ -1567,7 +1527,7 @@ def test_a_thought_goes_back_where_the_template_takes_it_and_into_another_model(
     assert reread(session) == [message for turn in ASKED[:3] for message in as_kept(turn, family)]
     other = [*WAYS][[*WAYS].index(way) - 1]
     if "{thought}" not in family.reply:
-        session.write_text(as_lines(*[m for turn in ASKED[:3] for m in as_kept(turn, WAYS[other])]))
+        session.write_bytes(as_lines(message for turn in ASKED[:3] for message in as_kept(turn, WAYS[other])))
     for model, flags in ((thinker(other), WAYS[other].flags), (demo, ())):
         shutil.copy(session, home / "copy.jsonl")
         done = chat(model, *flags, "--session", "copy.jsonl", stdin=asked(ASKED[3]))
@@ -1579,7 +1539,7 @@ def test_an_older_session_has_its_thoughts_in_the_contents(way, thinker, chat, h
     family, session = WAYS[way], home / "talk.jsonl"
     opened = "<think>\n" * ("prompt" in way)
     older = [Turn(turn.prompt, opened + turn.reply(family).removesuffix(family.end)) for turn in ASKED[:3]]
-    session.write_text(as_lines(*[message for turn in older for message in turn.messages()]))
+    session.write_bytes(as_lines(message for turn in older for message in turn.messages()))
     done = chat(thinker(way), "--session", "talk.jsonl", stdin=asked(ASKED[3]))
     assert transcript(ASKED[3]) in done.out, done
     assert reread(session) == [message for turn in ASKED for message in as_kept(turn, family)]
@@ -1615,6 +1575,12 @@ def test_a_stopped_thought_goes_on_or_is_answered_at_the_cost_of_the_mark_alone(
     assert talk.messages[-1] == as_kept(dataclasses.replace(HURRY, thought=RUSHED.cut), talk.family)[1]
     with pytest.raises(ChatError, match="nothing to continue: the last reply is complete"):
         hear(talk.resume(answer=True))
+    # One that the next turn finds stopped is closed.
+    assert hear(talk.retry(), until="three") == (RUSHED.cut, "")
+    talk.settings.max_tokens = 1
+    hear(talk.reply("b"))
+    left = [*dataclasses.replace(HURRY, answer="").messages(), {"role": "user", "content": "b"}]
+    assert talk.statistics.prompt_tokens == len(talk.encoded(left))
 
 
 def test_a_thought_has_room_of_its_own_and_max_tokens_counts_the_answer(hurried) -> None:
@@ -1737,17 +1703,12 @@ def test_the_sample_session_through_a_pipe_with_a_downloaded_model_and_no_networ
     assert chat(stdin=SESSION_PROMPTS) == (SESSION.format(model="own/model"), "", 0)
 
 
-NO_ENGINE = """
-import sys, llmchat
-llmchat.main(sys.argv[1:])
-engine = {"mlx", "mlx_lm", "transformers", "huggingface_hub", "numpy", "readline"}
-print(engine & {name.split(".")[0] for name in sys.modules})
-"""
-
-
 @pytest.mark.parametrize("arguments", ["--help", "--version", "m --top-p=7", "/nowhere/at/all"])
 def test_help_and_errors_need_no_engine(arguments, chat) -> None:
-    assert chat("-c", NO_ENGINE, *arguments.split(), program=[sys.executable]).out.splitlines()[-1] == "set()"
+    listed = chat(*arguments.split(), program=[sys.executable, "-X", "importtime", PROGRAM[1]]).err
+    imported = {*re.findall(r"\| +(\w+)", listed)}
+    assert "argparse" in imported
+    assert not imported & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "numpy", "readline"}
 
 
 def test_an_old_python_is_told_what_is_needed(chat) -> None:
@@ -2293,18 +2254,11 @@ def test_any_locale_takes_any_character(locale, demo, terminal, home) -> None:
 
 
 def test_turns_that_no_longer_fit_are_found_in_few_renderings(demo) -> None:
-    class Counting(llmchat.Model):
-        renderings = 0
-
-        def render(self, *arguments, **keywords) -> str:
-            Counting.renderings += 1
-            return super().render(*arguments, **keywords)
-
     messages = [message for count in range(500) for message in Turn(f"Say {count}.", "word " * 20).messages()]
-    conversation = Conversation(Counting(**vars(loaded(demo))), Settings(max_tokens=1), messages)
-    before = Counting.renderings
-    list(conversation.reply("Hello"))
-    assert Counting.renderings - before < 20
+    conversation, profile = Conversation(loaded(demo), Settings(max_tokens=1), messages), cProfile.Profile()
+    profile.runcall(list, conversation.reply("Hello"))
+    (calls,) = (entry.callcount for entry in profile.getstats() if entry.code is llmchat.Model.render.__code__)
+    assert 1 < calls < 20
 
 
 def test_a_template_that_never_ends_is_stopped(demo, terminal, tmp_path) -> None:
@@ -2334,6 +2288,8 @@ def test_ctrl_c_while_the_libraries_are_imported_ends_quietly(demo, start, home)
 def test_foreign_nonsense_is_one_short_sentence(demo, chat, tmp_path) -> None:
     assert "HF_..." in chat("own/model", "-p", "x", HF_HUB_ETAG_TIMEOUT="nonsense").complaint
     assert chat(demo, "-p", "x", TMPDIR="/nowhere").complaint.startswith("TMPDIR names no folder")
+    for name in ("/", "no/such/folder/file"):
+        assert chat("some/model", "--session", name).complaint == Like(f"{name} can't be used as a session: *.")
     few = ["sh", "-c", 'ulimit -n 1024 && exec "$@"', "sh", *PROGRAM]
     assert "ulimit -n (mlx-lm needs 4096)" in chat(demo, "-p", "x", program=few).complaint
     for flag in ("--temperature", "--seed", "--stats", "--nonsense" * 300):
@@ -2342,16 +2298,6 @@ def test_foreign_nonsense_is_one_short_sentence(demo, chat, tmp_path) -> None:
     adapter.mkdir()
     (adapter / "adapters.safetensors").write_bytes(b"torn")
     assert f"can't be loaded with {adapter}" in chat(demo, "--adapter", str(adapter)).complaint
-
-
-def test_a_session_that_was_removed_meanwhile_holds_all_at_the_end(demo, terminal, home) -> None:
-    screen = terminal(demo, "--session", "talk")
-    screen.ask("My name is Ada.")
-    (home / "talk").unlink()
-    screen.ask("What is my name?")
-    assert "Your name is Ada." in (home / "talk").read_text().splitlines()[3]
-    screen.send("\x1c")
-    assert screen.leave() == 131
 
 
 def test_prompts_of_a_terminal_are_in_a_log(demo, terminal, home) -> None:
