@@ -14,6 +14,7 @@ import contextlib
 import cProfile
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import http.server
 import importlib
@@ -38,6 +39,7 @@ import termios
 import textwrap
 import threading
 import time
+import timeit
 from importlib.metadata import distribution, version
 from pathlib import Path
 from statistics import median
@@ -2702,21 +2704,17 @@ THEIR_SAMPLING = ["--temp", str(Settings.temperature), "--top-p", str(Settings.t
 PEAK = "import mlx.core as mx, sys; from {} import main; main({}); print(mx.get_peak_memory(), file=sys.stderr)"
 
 
-def show(name: str, unit: str, wanted: float, ours: float, peer: float) -> None:
-    """Print a figure beside its peer's, their ratio, and the ratio wanted: at least that of speeds, else at most."""
-    print(f"{name:46} {ours:9.4g} {peer:9.4g} {unit:8}  {ours / peer:6.3f}  wanted {wanted:.3g}", flush=True)
+def show(name: str, unit: str, wanted: float, ours, peer) -> None:
+    """Print the medians of two measures, their ratio, and the ratio wanted: at least that of speeds, else at most."""
+    # They take turns, after a first round that only warms up.
+    rounds = [(ours(), peer()) for _ in range(RUNS + 1)][1:]
+    one, other = map(median, zip(*rounds))
+    print(f"{name:46} {one:9.4g} {other:9.4g} {unit:8}  {one / other:6.3f}  wanted {wanted:.3g}", flush=True)
 
 
-def medians(*measures) -> list[float]:
-    """The median of each measure; they take turns, after a first round that only warms up."""
-    rounds = [[measure() for measure in measures] for _ in range(RUNS + 1)][1:]
-    return [median(column) for column in zip(*rounds)]
-
-
-def seconds(action, *arguments) -> float:
-    started = time.perf_counter()
-    action(*arguments)
-    return time.perf_counter() - started
+def timed(action, *arguments, before="pass"):
+    """A measure of the seconds that an action takes, without what is to be done before."""
+    return functools.partial(timeit.timeit, functools.partial(action, *arguments), before, number=1)
 
 
 def build_large(folder: Path) -> None:
@@ -2744,18 +2742,16 @@ def bench_starts(model: Path, environment: dict[str, str]) -> None:
             wait_for(process, wanted)
             process.kill()
 
-    def cold_s(command: list[str]) -> float:
+    def forget() -> None:
         with (model / WEIGHTS).open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return seconds(start, prompt, *command)
 
-    helps = medians(*(lambda c=c: seconds(start, "--help", *c, "--help") for c in (OURS, THEIRS)))
+    helps = (timed(start, "--help", *command, "--help") for command in (OURS, THEIRS))
     show("--help, peer mlx_lm.chat", "s", 1 / 15, *helps)
-    starts = medians(*(lambda c=c: seconds(start, prompt, *c) for c in (ours, theirs, floor)))
-    show("start to prompt, peer mlx_lm.chat", "s", 1.0, *starts[:2])
-    show("start to prompt, floor mlx_lm.load", "s", 1.05, *starts[::2])
+    show("start to prompt, peer mlx_lm.chat", "s", 1.0, timed(start, prompt, *ours), timed(start, prompt, *theirs))
+    show("start to prompt, floor mlx_lm.load", "s", 1.05, timed(start, prompt, *ours), timed(start, prompt, *floor))
     if hasattr(os, "posix_fadvise"):
-        cold = medians(lambda: cold_s(ours), lambda: cold_s(theirs))
+        cold = (timed(start, prompt, *command, before=forget) for command in (ours, theirs))
         show("start, weights not in memory, peer mlx_lm.chat", "s", 0.85, *cold)
 
 
@@ -2766,18 +2762,16 @@ def bench_memory(model: str, environment: dict[str, str]) -> None:
         done = subprocess.run(command, input=prompts, capture_output=True, env=environment, check=True)
         return int(done.stderr.split()[-1]) / 1e6
 
-    peaks = medians(
-        lambda: peak_mb("llmchat", "sys.argv[1:]", "quit", model),
-        lambda: peak_mb("mlx_lm.chat", "", "q", "--model", model, *THEIR_SAMPLING),
-    )
-    show("peak memory, 3 turns, peer mlx_lm.chat", "MB", 1.03, *peaks)
+    ours = functools.partial(peak_mb, "llmchat", "sys.argv[1:]", "quit", model)
+    theirs = functools.partial(peak_mb, "mlx_lm.chat", "", "q", "--model", model, *THEIR_SAMPLING)
+    show("peak memory, 3 turns, peer mlx_lm.chat", "MB", 1.03, ours, theirs)
 
 
-def first_tokens_ms(model: llmchat.Model) -> tuple[float, float]:
-    """The time to the first token of the tenth turn, and of the second."""
+def first_token_ms(model: llmchat.Model, turns: list[Turn]) -> float:
+    """The time to the first token of the last of the turns."""
     talk = Talk(model)
-    times = [talk.expect(turn) or 1e3 * talk.statistics.time_to_first_token_s for turn in TALK]
-    return times[-1], times[1]
+    talk.expect(*turns)
+    return 1e3 * talk.statistics.time_to_first_token_s
 
 
 def bench_decode(model: llmchat.Model) -> None:
@@ -2790,15 +2784,15 @@ def bench_decode(model: llmchat.Model) -> None:
 
     def tps(pieces) -> float:
         said = [next(piece.text for piece in pieces if getattr(piece, "kind", "") != "reading")]
-        took_s = seconds(said.extend, (piece.text for piece in pieces))
+        took_s = timed(said.extend, (piece.text for piece in pieces))()
         assert "12, 13, 14" in "".join(said)
         return (DECODE_TOKENS - 1) / took_s
 
-    rates = medians(
+    show(
+        *("decode, floor mlx_lm.stream_generate", "tokens/s", 0.98),
         lambda: tps(Conversation(model, Settings(max_tokens=DECODE_TOKENS)).reply("Count.")),
         lambda: tps(stream_generate(model.net, model.tokenizer, prompt, **options)),
     )
-    show("decode, floor mlx_lm.stream_generate", "tokens/s", 0.98, *rates)
 
 
 def bench_state(model: llmchat.Model, file: Path) -> None:
@@ -2813,17 +2807,14 @@ def bench_state(model: llmchat.Model, file: Path) -> None:
 
     conversation = gone_on(None)
     conversation.keep_state(file)
-    firsts = medians(*(lambda state=state: gone_on(state).statistics.time_to_first_token_s for state in (file, None)))
+    firsts = (lambda state=state: gone_on(state).statistics.time_to_first_token_s for state in (file, None))
     show("going on with 4,000 tokens, peer no state", "s", 0.1, *firsts)
     net, size = model.net.args, file.stat().st_size / conversation.statistics.prompt_tokens
     # Keys and values, as 32-bit numbers.
     least = net.num_hidden_layers * 2 * net.num_key_value_heads * net.head_dim * 4
-    show("state on disk a token, floor keys and values", "bytes", 1.1, size, least)
-    leaving = medians(
-        lambda: seconds(gone_on(file).keep_state, file),
-        lambda: seconds(file.with_name("copy").write_bytes, file.read_bytes()),
-    )
-    show("leaving with that state, floor writing it", "s", 5.0, *leaving)
+    show("state on disk a token, floor keys and values", "bytes", 1.1, lambda: size, lambda: least)
+    floor = timed(file.with_name("copy").write_bytes, file.read_bytes())
+    show("leaving with that state, floor writing it", "s", 5.0, lambda: timed(gone_on(file).keep_state, file)(), floor)
 
 
 def bench_launched(model: str, environment: dict[str, str]) -> None:
@@ -2841,12 +2832,12 @@ def bench_launched(model: str, environment: dict[str, str]) -> None:
             process.communicate(f"{leave}\n".encode())
         return median(rates[1:])
 
-    ours, theirs = medians(
-        lambda: said_tps("/clear", "quit", *OURS[1:], model, "--stats"),
-        lambda: said_tps("r", "q", *THEIRS[1:], "--model", model, *THEIR_SAMPLING),
-    )
-    # mlx-lm counts the first token too, but not its time.
-    show("decode on two hosts, peer mlx_lm.chat", "tokens/s", 0.98, ours, theirs * (1 - 1 / DECODE_TOKENS))
+    def theirs() -> float:
+        # mlx-lm counts the first token too, but not its time.
+        return said_tps("r", "q", *THEIRS[1:], "--model", model, *THEIR_SAMPLING) * (1 - 1 / DECODE_TOKENS)
+
+    ours = functools.partial(said_tps, "/clear", "quit", *OURS[1:], model, "--stats")
+    show("decode on two hosts, peer mlx_lm.chat", "tokens/s", 0.98, ours, theirs)
 
 
 def bench(cache: str) -> None:
@@ -2861,8 +2852,8 @@ def bench(cache: str) -> None:
     bench_starts(once(folder / "large", build_large), environment)
     dense = build_model(folder / "dense", FAMILIES["dense"], [TALK, turns(("Count.", NUMBERS))], hidden=640)
     model = loaded(dense)
-    rounds = [first_tokens_ms(model) for _ in range(RUNS + 1)][1:]
-    show("time to first token, turn 10, peer turn 2", "ms", 1.3, *map(median, zip(*rounds)))
+    firsts = (functools.partial(first_token_ms, model, turns) for turns in (TALK, TALK[:2]))
+    show("time to first token, turn 10, peer turn 2", "ms", 1.3, *firsts)
     bench_decode(model)
     bench_state(model, folder / "state.safetensors")
     bench_memory(dense, {**environment, "PYTHONPATH": str(HERE)})
