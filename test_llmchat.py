@@ -15,7 +15,6 @@ import cProfile
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import http.server
 import importlib
 import io
@@ -68,11 +67,9 @@ MARK = r"<[^<>\s]+>|\[/?[A-Z ]+\]"
 def chatml(reply: str, prompt: str = "", before: str = "") -> str:
     """A template that writes replies in a way of its own, and may begin the next one."""
     return (
-        "{{ '<|begin|>' }}" + before + "{% set ns = namespace(last=-1) %}"
-        "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}" + reply + ""
-        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}" + prompt + "{% endif %}"
+        "{{ '<|begin|>' }}" + before + "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' %}" + reply + "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}" + prompt + "{% endif %}"
     )
 
 
@@ -145,7 +142,6 @@ FAMILIES = {
 
 # The ways in which real templates take a thought back, and how their models write it.
 SEEDED = chatml("{{ '<seed:think>' + m.reasoning_content + '</seed:think>' if m.reasoning_content }}{{ m.content }}")
-OF_THE_LAST = "{{ '<think>\n' + m.thinking + '\n</think>\n\n' if m.thinking and loop.index0 > ns.last }}{{ m.content }}"
 BUT_THE_FIRST = "{{ '<think>' + (m.get('reasoning_content', '') if loop.index0 > 1 else '') + '</think>' + m.content }}"
 MESSAGE = "{{ '<|think|>' + m.reasoning + '<|end|><|im_start|>assistant\n' if m.reasoning }}<|content|>{{ m.content }}"
 BLOCKS = (
@@ -168,7 +164,6 @@ GEMMA = chatml(WITHOUT_THOUGHT.replace("</think>", "<channel|>"), unless_off("<|
 OWN = "<|think|>{thought}<|end|><|im_start|>assistant\n<|content|>{answer}"
 WAYS = {
     "field, kept": Family(SEEDED, "<seed:think>{thought}</seed:think>{answer}", "reasoning_content"),
-    "field, of the last reply": Family(chatml(OF_THE_LAST), THOUGHT_THEN_ANSWER, "thinking"),
     "field, but of the first": Family(chatml(BUT_THE_FIRST), "<think>{thought}</think>{answer}", "reasoning_content"),
     "message of its own": Family(chatml(MESSAGE), OWN, "reasoning"),
     "blocks": Family(chatml(BLOCKS), "[THINK]{thought}[/THINK]{answer}", "thinking blocks"),
@@ -470,12 +465,11 @@ def say(process: subprocess.Popen, text: str) -> None:
     process.stdin.flush()
 
 
-def wait_until(condition, timeout_s: float = 60):
+def wait_until(condition, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
-    while not (met := condition()):
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    return met
 
 
 class Terminal:
@@ -522,10 +516,6 @@ class Terminal:
         """Wait for text that fits in all that came, also in the line that tells what is going on."""
         while not fits(pattern).search(self.output):
             assert self._read(60), f"no {pattern!r} in:\n{self.output}"
-
-    def said(self) -> str:
-        """All that came, as one line, wherever it was wrapped."""
-        return " ".join(plain(self.output).split())
 
     def ask(self, prompt: str) -> str:
         """Send a prompt at the prompt, wait for the next; return what is between."""
@@ -633,16 +623,17 @@ def split_in_two(folder: Path) -> None:
     # The output matrix comes last, so that the larger part is in the second.
     shards = {key: SHARDS[place > len(weights) // 3] for place, key in enumerate(sorted(weights))}
     for shard in SHARDS:
-        part = {key: weight for key, weight in weights.items() if shards[key] == shard}
-        mx.save_safetensors(str(folder / shard), part)
+        mx.save_safetensors(str(folder / shard), {key: weights[key] for key in weights if shards[key] == shard})
     put("model.safetensors.index.json", json.dumps({"weight_map": shards}))(folder)
     lose(WEIGHTS)(folder)
 
 
 @pytest.fixture(scope="session")
 def sharded(demo, common):
+    # As older ones are, with the template in the tokenizer's configuration.
+    older = lose("chat_template.jinja"), configured("tokenizer_config.json", chat_template=CHATML)
     one = configured(architectures=["LlamaForCausalLM"])
-    return str(once(common / "sharded", lambda folder: changed(folder, demo, split_in_two, one)))
+    return str(once(common / "sharded", lambda folder: changed(folder, demo, split_in_two, one, *older)))
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -657,7 +648,7 @@ class Hub(http.server.ThreadingHTTPServer):
         # By repository, or by repository and file: a status, error code and page to answer, or "cut" or "stall".
         self.faults: dict[str, tuple | str] = {}
         self.requests: list[str] = []
-        self.stalled, self.resume = threading.Event(), threading.Event()
+        self.resume = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -688,9 +679,6 @@ class Hub(http.server.ThreadingHTTPServer):
 class Request(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *arguments: object) -> None:
-        pass
-
     def do_GET(self) -> None:
         hub, path = self.server, self.path.partition("?")[0]
         hub.requests.append(f"{self.command} {path}")
@@ -698,7 +686,6 @@ class Request(http.server.BaseHTTPRequestHandler):
         name, revision, file = (about or re.fullmatch("/(.+)/resolve/([^/]+)/(.+)", path)).groups()
         fault, files = hub.faults.get(f"{name}/{file}" if file else name), hub.repositories.get(name)
         if fault == "stall":
-            hub.stalled.set()
             hub.resume.wait(60)
             self.close_connection = True
         elif isinstance(fault, tuple):
@@ -718,11 +705,10 @@ class Request(http.server.BaseHTTPRequestHandler):
     def _send(self, status: int, code: str = "", body: bytes = b"", cut: bool = False) -> None:
         start = int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0)
         self.send_response(206 if start else status)
-        headers = {"X-Repo-Commit": Hub.COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Error-Code": code}
-        headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}" if start else ""
-        for name, value in {**headers, "Accept-Ranges": "bytes", "Content-Length": str(len(body) - start)}.items():
-            if value:
-                self.send_header(name, value)
+        about = {"X-Repo-Commit": Hub.COMMIT, "ETag": f'"{hash(body)}"', "X-Error-Code": code, "Accept-Ranges": "bytes"}
+        sizes = {"Content-Length": len(body) - start, "Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+        for name, value in {**about, **sizes}.items():
+            self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
             # A cut connection comes with half of the file, then with nothing.
@@ -768,7 +754,7 @@ def test_settings_are_declared_once_and_documented_everywhere() -> None:
         assert f"`{command}" in readme, f"{command} is missing in the README"
 
 
-@pytest.mark.parametrize("flag", WRONG_FLAGS)
+@pytest.mark.parametrize("flag", [*WRONG_FLAGS, "a question"])
 def test_a_wrong_flag_is_a_usage_error(flag, capsys) -> None:
     assert llmchat.main(["model", flag]) == 2
     usage, message = capsys.readouterr().err.splitlines()
@@ -982,16 +968,8 @@ def test_every_reply_is_word_for_word_right_and_costs_its_new_tokens(conversatio
     talk.expect(conversation[-1])
 
 
-def test_a_stopped_reply_is_kept_as_far_as_it_was_heard_and_the_next_turn_is_right(talk) -> None:
-    assert hear(talk.reply("Count."), until="4,")[1] == STOPPED
-    assert talk.statistics.finish_reason == "interrupted"
-    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
-    assert talk.messages[1]["content"].endswith(STOPPED)
-    talk.expect(WHY)
-
-
 @pytest.mark.parametrize("cut", [1, 7, 20, "4,"])
-def test_a_reply_that_was_cut_or_stopped_goes_on_from_the_live_state(cut, talk) -> None:
+def test_a_reply_that_was_cut_or_stopped_is_kept_and_goes_on_from_the_live_state(cut, talk) -> None:
     talk.settings.max_tokens = 512 if cut == "4," else cut
     said = [hear(talk.reply(COUNT.prompt), until=cut if cut == "4," else None)[1]]
     while talk.statistics.finish_reason != "stop":
@@ -1004,6 +982,12 @@ def test_a_reply_that_was_cut_or_stopped_goes_on_from_the_live_state(cut, talk) 
         list(talk.resume())
     talk.settings.max_tokens = 512
     talk.expect(THANKS)
+    # One that does not go on is kept as far as it was heard.
+    talk.clear()
+    assert hear(talk.reply(COUNT.prompt), until="4,")[1] == STOPPED
+    assert talk.statistics.finish_reason == "interrupted"
+    assert talk.messages[1]["content"].endswith(STOPPED)
+    talk.expect(WHY)
 
 
 def test_retry_says_the_last_reply_again_and_undo_takes_it_back(talk) -> None:
@@ -1019,10 +1003,6 @@ def test_retry_says_the_last_reply_again_and_undo_takes_it_back(talk) -> None:
     talk.expect(*SAMPLE[2:])
     assert [talk.undo() for _ in SAMPLE[1:]] == [turn.prompt for turn in SAMPLE[:0:-1]]
     talk.expect(ADA, WHO_AM_I)
-    for _ in range(3):
-        talk.undo()
-    assert talk.messages == []
-    talk.expect(*SAMPLE)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -1146,8 +1126,6 @@ def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> 
     # From the second step on nothing but full attention grows.
     (held, size), (last, most) = sizes[1], sizes[-1]
     assert (most - size) / (last - held) == pytest.approx((1 << 30) / more, rel=1e-4)
-    layers = 1 if talk.family in (FAMILIES["sliding"], FAMILIES["hybrid"]) else 2
-    assert (most - size) / (last - held) == layers * 2 * 640 * 4
 
 
 def test_the_welcome_names_the_bound_of_the_memory_and_force_lifts_it(demo, terminal, tmp_path, home) -> None:
@@ -1303,11 +1281,11 @@ def test_a_chat_goes_on_where_it_was_left(demo, chat, home) -> None:
 
 
 def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
-    prompts = "/save no/folder/x\n/help me\n/system\tBe \ud800 brief.\n/quiet\nSay hello.\n/continue\n/exit\nno\n"
+    prompts = "/save no/folder/x\n/clear now\n/system\tBe \ud800 brief.\n/quiet\nSay hello.\n/continue\n/exit\nno\n"
     done = chat(demo, "--session", "session", "--max-tokens", "1", stdin=prompts)
     assert done.err.splitlines() == [
         Like("no/folder/x could not be written: No such file or directory*"),
-        Like("/help takes no text*"),
+        Like("/clear takes no text*"),
         Like("system = Be * brief."),
         Like("There is no command /quiet*"),
         *["Cut at 1 tokens; /continue goes on."] * 2,
@@ -1656,7 +1634,6 @@ def test_a_long_document_arrives_whole_through_a_pipe_and_one_without_end_is_ref
     document = "Zeile für Zeile 👋🏽\n" * 50_000
     code = "import sys, llmchat; sys.stdout.write(llmchat.one_shot_prompt('What is it?', sys.stdin))"
     done = chat("-X", "utf8", "-c", code, program=[sys.executable], stdin=document)
-    assert len(document.encode()) > 1_000_000
     assert done.out == document.strip("\n") + "\n\nWhat is it?"
     endless = f"yes | {shlex.join([*PROGRAM, demo, '-p', '-'])}"
     assert chat("-c", endless, program=["sh"]).complaint.startswith("Standard input holds more than 16777216")
@@ -1670,14 +1647,17 @@ def test_no_model_named_shows_how_and_what_is_there(demo, chat, home) -> None:
     for count, file in enumerate((WEIGHTS, "config.json", "tokenizer_config.json")):
         lose(file)(put_in_hub_cache(home, f"own/half{count}", demo))
     assert chat().err == done.err + "already here: own/model\n"
+    assert chat("--model", "own/model").err.endswith("the model is named without a flag: llmchat MODEL\n")
 
 
 def test_the_sample_session_through_a_pipe_with_a_downloaded_model_and_no_network(demo, chat, home) -> None:
-    put_in_hub_cache(home, "own/model", demo)
-    missing = "own/model is not in the cache, and HF_HUB_OFFLINE *"
-    assert chat("own/model", "--revision", "v3").complaint == Like(missing)
-    (home / ".llmchat_config").write_text("model = own/model\n")
-    assert chat(stdin=SESSION_PROMPTS) == (SESSION.format(model="own/model"), "", 0)
+    put_in_hub_cache(home, model := "mlx-community/Tiny-Instruct-4bit", demo)
+    assert chat(model, "--revision", "v3").complaint == Like(f"{model} is not in the cache, and HF_HUB_OFFLINE *")
+    (home / ".llmchat_config").write_text(f"model = {model}\n")
+    assert chat(stdin=SESSION_PROMPTS) == (SESSION.format(model=model), "", 0)
+    # By part of its name, too.
+    for name in ("Tiny-Instruct-4bit", "Mlx-Community/tiny-instruct-4bit", f"https://huggingface.co/{model}"):
+        assert chat(name).out.startswith(f"Loading model {model}...\nModel loaded")
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "m --top-p=7", "/nowhere/at/all"])
@@ -1697,24 +1677,16 @@ def test_an_old_python_is_told_what_is_needed(chat) -> None:
     assert chat(PROGRAM[1], "x", program=[old]) == ("", needed, 1)
 
 
-def test_a_template_in_the_configuration_of_the_tokenizer_is_found(demo, chat, tmp_path) -> None:
-    older = lose("chat_template.jinja"), configured("tokenizer_config.json", chat_template=CHATML)
-    assert chat(changed(tmp_path / "model", demo, *older), "-p", "Say hello.").out == SAID_HELLO + "\n"
-
-
 def test_an_adapter_changes_what_the_model_says(demo, chat, tmp_path) -> None:
     lora = {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.v_proj"]}
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": lora}
+    put("adapter_config.json", json.dumps(config))(tmp_path)
     for strength, same in ((0.0, True), (1.0, False)):
-        adapter = tmp_path / f"adapter{strength}"
-        adapter.mkdir()
-        put("adapter_config.json", json.dumps(config))(adapter)
         parts = {"a": mx.ones((512, 4)), "b": mx.full((4, 512), strength)}
         weights = {f"model.layers.{n}.self_attn.v_proj.lora_{part}": parts[part] for n in (0, 1) for part in parts}
-        mx.save_safetensors(str(adapter / "adapters.safetensors"), weights)
-        done = chat(demo, "--adapter", str(adapter), "--max-tokens", "60", "-p", "Say hello.")
-        assert (done.out == SAID_HELLO + "\n") is same
-        assert done.code == 0
+        mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+        done = chat(demo, "--adapter", str(tmp_path), "--max-tokens", "60", "-p", "Say hello.")
+        assert (done.out == SAID_HELLO + "\n", done.code) == (same, 0)
 
 
 def test_a_seed_makes_replies_repeatable(demo, chat) -> None:
@@ -1727,7 +1699,6 @@ def test_a_seed_makes_replies_repeatable(demo, chat) -> None:
     ("redirected", "output", "errors", "status"),
     [
         ("| head -1", "Loading model {model}...\n", "", 0),
-        ("< /dev/null", "{start}\nprompt -> \nGoodbye!\n", "", 0),
         ("<&-", "{start}\nprompt -> \nGoodbye!\n", "", 0),
         (">&-", "", "", 0),
         ("2>&-", "{start}\nprompt -> Say hello.\n{reply}\n\nprompt -> \nGoodbye!\n", "", 0),
@@ -1813,9 +1784,6 @@ def test_a_signal_leaves_the_terminal_as_it_was_found(phase, number, demo, termi
     assert "Traceback" not in screen.output
     assert on_screen(screen.output)[-1:] in ("", "\n")
     assert history.exists() == (phase in ("prefill", "decode"))
-    if phase == "decode":
-        (kept,) = (home / ".llmchat").iterdir()
-        assert contents(kept)[0] == "Count."
 
 
 @pytest.mark.parametrize("times", [15, pytest.param(200, marks=pytest.mark.stress)])
@@ -1847,7 +1815,6 @@ def test_ctrl_c_at_any_moment_leaves_a_conversation_that_is_right(times, demo, t
 # ------------------------------------------------------------------------------------ Line editor
 
 MARKED = "\x1b[200~{}\x1b[201~".format
-# Of an environment and flags: is the prompt coloured, and the reply?
 COLOURS = [
     *(({}, [], True, True), ({"NO_COLOR": ""}, [], True, True), ({}, ["--plain"], True, False)),
     *(({"NO_COLOR": "1"}, [], False, False), ({"TERM": "dumb"}, [], False, False)),
@@ -1857,8 +1824,7 @@ COLOURS = [
 def sent(screen: Terminal, home: Path, keys: str) -> str:
     """Type, and wait for the next prompt; return the prompt that was sent, as the history tells it."""
     screen.send(keys, "\nprompt -> ")
-    *_, last = (home / ".llmchat_history").read_text().splitlines()
-    return re.sub(r"\\(.)", lambda escaped: "\n" if escaped[1] == "n" else escaped[1], last)
+    return llmchat.PromptHistory(home / ".llmchat_history").load()[-1]
 
 
 # A folder with a `readline` on libedit, as Python on macOS has it: CPython's Modules/readline.c, compiled with
@@ -1890,18 +1856,16 @@ def test_libedit_takes_any_character_search_and_esc(demo, terminal, environment,
 
 def test_a_pasted_block_is_one_prompt_and_comes_back_whole(pasting, demo, terminal, home) -> None:
     block = "def f():\n\treturn 1\n\n  What is it?"
-    for _ in range(2):
-        screen = terminal(demo, "--max-tokens", "1")
-        if not (home / ".llmchat_history").exists():
-            screen.send(pasting(block.replace("\n", "\r")), "What is it?")
-            assert sent(screen, home, "\r") == block
-            # A command is one line: a block never is one.
-            assert sent(screen, home, pasting("/help\rme") + "\r") == "/help\nme"
-            assert sent(screen, home, UP + UP + "\r") == block
-        assert sent(screen, home, UP + "\r") == block
-        assert screen.leave(CTRL_D) == 0
-        # The terminal marks pastes only as long as the chat.
-        assert re.findall(r"\x1b\[\?2004[hl]", screen.output)[-1].endswith("l")
+    screen = terminal(demo, "--max-tokens", "1")
+    screen.send(pasting(block.replace("\n", "\r")), "What is it?")
+    assert sent(screen, home, "\r") == block
+    # A command is one line: a block never is one.
+    assert sent(screen, home, pasting("/help\rme") + "\r") == "/help\nme"
+    assert sent(screen, home, UP + UP + "\r") == block
+    assert screen.leave(CTRL_D) == 0
+    # The terminal marks pastes only as long as the chat.
+    assert re.findall(r"\x1b\[\?2004[hl]", screen.output)[-1].endswith("l")
+    assert sent(terminal(demo, "--max-tokens", "1"), home, UP + "\r") == block
     # A prompt that is sent again is not written down again.
     line, history = "def f():\\n\treturn 1\\n\\n  What is it?\n", home / ".llmchat_history"
     assert history.read_text() == f"{line}/help\\nme\n{line}"
@@ -1913,9 +1877,7 @@ def test_what_is_typed_ahead_stays_unseen_separate_and_whole(pasting, demo, term
     screen.send("Count.\r", "3,")
     screen.send(pasting("Say hello.") + "\rWhat is my name?\r")
     assert "Say" not in screen.expect("100\n")
-    for turn in (Turn("Say hello.", SAID_HELLO), NOT_TOLD):
-        screen.expect(transcript(turn))
-    screen.expect("\nprompt -> ")
+    screen.expect(transcript(SAID[0], NOT_TOLD) + "\nprompt -> ")
     screen.send("/retry\r", "retry\n")
     # Longer than a line of a terminal that waits for whole lines.
     screen.send("x" * 6000, "xxx")
@@ -1985,8 +1947,9 @@ def test_a_history_that_can_not_be_used_is_a_warning(case, demo, terminal, home)
     screen.ask("Say hello.")
     screen.ask("My name is Ada.")
     screen.send(UP + UP + "\r", "Say hello.*\n\nprompt -> ")
-    assert screen.said().count("Prompts are not kept for another day") == 1
-    assert screen.said().count("can't be used to keep conversations: File exists.") == 1
+    said = " ".join(plain(screen.output).split())
+    assert said.count("Prompts are not kept for another day") == 1
+    assert said.count("can't be used to keep conversations: File exists.") == 1
 
 
 def test_thoughts_and_answers_are_a_blank_line_apart() -> None:
@@ -2160,16 +2123,6 @@ def test_what_clear_takes_out_of_a_session_is_kept_and_undo_brings_it_back(demo,
     assert contents(kept) == ["My name is Ada.", "Nice to meet you, Ada!"]
     done = chat(demo, "--session", "talk", stdin="My name is Ada.\n/clear\n/undo\nWhat is my name?\n")
     assert transcript(SAMPLE[4]) in done.out and len(contents(home / "talk")) == 4
-    done = chat(demo, stdin="My name is Ada.\n/clear now please\n/undo 3\n/retry shorter\nWhat is my name?\n")
-    assert transcript(SAMPLE[4]) in done.out and done.err.count("takes no text") == 3
-
-
-def test_a_model_is_found_by_part_of_its_name(demo, chat, home) -> None:
-    put_in_hub_cache(home, "mlx-community/Tiny-Instruct-4bit", demo)
-    for owner in ("", "Mlx-Community/", "https://huggingface.co/mlx-community/"):
-        assert chat(owner + "Tiny-Instruct-4bit", "-p", "Say hello.") == (SAID_HELLO + "\n", "", 0)
-    assert "Loading model mlx-community/Tiny-Instruct-4bit..." in chat("tiny-instruct-4bit").out
-    assert "-p" in chat(demo, "a question", "--stats").err and chat("--model", demo).code == 2
 
 
 def test_esc_stops_a_reply_and_a_paste_meanwhile_is_one_prompt(demo, terminal) -> None:
@@ -2195,9 +2148,6 @@ def test_a_prompt_line_is_drawn_again_after_ctrl_z(demo, terminal) -> None:
     os.kill(screen.pid, signal.SIGCONT)
     screen.expect("prompt -> Say ")
     assert screen.ask("hello.") == SAID_HELLO
-
-
-# -------------------------------------------------------------------------------- Nothing is lost
 
 
 @pytest.mark.parametrize("locale", ["C", "POSIX", "xx_XX"])
@@ -2253,8 +2203,7 @@ def test_prompts_of_a_terminal_are_in_a_log(demo, terminal, home) -> None:
     screen.send("Say hello.\n", SAID_HELLO)
     screen.send("quit\n")
     screen.leave()
-    said = transcript(Turn("Say hello.", SAID_HELLO))
-    assert (home / "log").read_text() == f"{START.format(model=demo)}{said}\nprompt -> quit\nGoodbye!\n"
+    assert (home / "log").read_text() == START.format(model=demo) + transcript(SAID[0]) + "\nprompt -> quit\nGoodbye!\n"
 
 
 # --------------------------------------------------------------------------------------- Loading
@@ -2336,10 +2285,11 @@ def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(
     hub.faults = {f"own/model/{SHARDS[1]}": "stall"}
     screen = terminal("own/model", prompt="Loading", HF_HUB_DOWNLOAD_TIMEOUT="60")
     screen.see("asking http://127.0.0.1:*downloading: 0.0 of 0.0 GB")
-    assert hub.stalled.wait(60)
+    wait_until(lambda: hub.requests[-1].endswith(SHARDS[1]))
     screen.send(CTRL_C)
     assert screen.leave() == 130
-    assert screen.said().endswith(f"llmchat: error: The download of own/model was stopped. {KEPT}")
+    stopped = f"llmchat: error: The download of own/model was stopped. {KEPT}"
+    assert " ".join(plain(screen.output).split()).endswith(stopped)
     hub.faults = {}
     hub.fetched()
     terminal("own/model")
@@ -2474,6 +2424,16 @@ NOT_SHARED = [
 ]
 
 
+# Each host has a home of its own, named by its rank.
+AT_HOME = """
+import os, sys
+os.environ["HOME"] += "/" + os.environ["MLX_RANK"]
+os.makedirs(os.environ["HOME"], exist_ok=True)
+os.chdir(os.environ["HOME"])
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 def free_ports(count: int) -> int:
     """The first of so many ports on 127.0.0.1 that nobody listens on."""
     while True:
@@ -2488,29 +2448,14 @@ def launch(count: int, *command: str) -> list[str]:
     """A command line that starts the program, or another Python program, on so many hosts, all of them here."""
     launcher, port = str(Path(sys.executable).parent / "mlx.launch"), str(free_ports(count))
     options = ["-n", str(count), "--backend", "ring", "--starting-port", port, "--python", sys.executable]
-    return [launcher, *options, *(command or PROGRAM[1:])]
+    return [launcher, *options, *(command or ("-c", AT_HOME, *PROGRAM[1:]))]
 
 
-AT_HOME = """
-import os, sys
-os.environ["HOME"] += "/" + os.environ["MLX_RANK"]
-os.makedirs(os.environ["HOME"], exist_ok=True)
-os.chdir(os.environ["HOME"])
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
-
-def launch_at_home(count: int) -> list[str]:
-    """A command line that starts the program on so many hosts, each with a home of its own, named by its rank."""
-    return launch(count, "-c", AT_HOME, *PROGRAM[1:])
-
-
-def hold_conversations(folder: str, most: int) -> None:
-    """Hold, as one of several hosts, so many conversations that the model knows; else it ends in noise."""
+def hold_conversations(folder: str) -> None:
+    """Hold, as one of several hosts, two conversations that the model knows; else they end in noise."""
     model = loaded(folder, llmchat.join_hosts())
-    for conversation in FAMILY_CONVERSATIONS[:most]:
-        known = [message for turn in conversation if turn.given for message in turn.messages()]
-        Talk(model, known, system=conversation[0].system).expect(*(turn for turn in conversation if not turn.given))
+    for conversation in FAMILY_CONVERSATIONS[:2]:
+        Talk(model).expect(*conversation)
     # What is left to chance comes out the same on every host, or the next words were noise.
     said = hear(Talk(model, temperature=10.0, max_tokens=40).reply("Hello"))
     assert model.hosts.share(said) == [*said]
@@ -2519,11 +2464,9 @@ def hold_conversations(folder: str, most: int) -> None:
 
 @needs_sharding
 @pytest.mark.parametrize(("count", "name"), [(2, "dense"), (2, "sliding"), (2, "thinking"), *FOUR_HOSTS])
-def test_hosts_hold_every_conversation_word_for_word(count, name, common, chat) -> None:
+def test_hosts_hold_conversations_word_for_word(count, name, common, chat) -> None:
     load(common, name)
-    # Four wait for each other on two cores, which makes a token slow.
-    most = len(FAMILY_CONVERSATIONS) if count == 2 else 2
-    code = f"import sys, test_llmchat; test_llmchat.hold_conversations(sys.argv[1], {most})"
+    code = "import sys, test_llmchat; test_llmchat.hold_conversations(sys.argv[1])"
     done = chat(str(common / name), program=launch(count, "-c", code), timeout_s=900)
     assert done.out == "every word was right\n" * count, done.err
 
@@ -2536,7 +2479,7 @@ def test_hosts_chat_as_one_alone_does_and_rank_0_is_seen_and_writes(count, demo,
     flags = [demo, "--stats", "--session", "talk"]
     stdin = asked(*SAMPLE[:4]) + "/set max-tokens 2\nWhat is my name?\n/set max-tokens 512\n/continue\n/retry\n/undo\n"
     stdin += "What is my name?\n/undo\n/save copy\nquit\n"
-    alone, done = chat(*flags, stdin=stdin), chat(*flags, stdin=stdin, program=launch_at_home(count), timeout_s=900)
+    alone, done = chat(*flags, stdin=stdin), chat(*flags, stdin=stdin, program=launch(count), timeout_s=900)
     assert (done.out, done.code) == (alone.out, 0)
     # They differ in their times alone.
     costs, floor = (re.sub(r"[\d.]+ (s|tokens/s)\b", "", text) for text in (done.err, alone.err))
@@ -2544,11 +2487,11 @@ def test_hosts_chat_as_one_alone_does_and_rank_0_is_seen_and_writes(count, demo,
     assert costs.count("reused") == len(SAMPLE) + 3
     assert contents(home / "0/talk") == contents(home / "talk")
     assert {path.name for path in (home / "0").iterdir()} == {"talk", "copy"}
-    assert {path.name for path in (home / "1").iterdir()} == {".llmchat_config"}
     # On the launcher's terminal the line is there already, and prompts are kept for another day.
-    done = chat(*flags, stdin="What is my name?\nquit\n", program=launch_at_home(count), COLUMNS="80", timeout_s=900)
+    done = chat(*flags, stdin="What is my name?\nquit\n", program=launch(count), COLUMNS="80", timeout_s=900)
     assert done.out.endswith("\nprompt -> Your name is Ada.\n\nprompt -> Goodbye!\n")
     assert (home / "0/.llmchat_history").read_text() == "What is my name?\n"
+    assert {path.name for path in (home / "1").iterdir()} == {".llmchat_config"}
 
 
 @needs_sharding
@@ -2574,7 +2517,7 @@ def test_a_model_that_is_different_on_one_host_is_said_with_its_name(demo, chat,
     for rank, context in (("0", 4096), ("1", 2048)):
         changed(home / rank / "model", demo, configured(max_position_embeddings=context))
     for wrong in ("~/model is another model here than on the first host", "'~/model' is neither a model folder"):
-        done = chat("~/model", program=launch_at_home(2))
+        done = chat("~/model", program=launch(2))
         assert f"llmchat: error: On {platform.node()}: {wrong}" in done.err
         shutil.rmtree(home / "1/model", ignore_errors=True)
 
@@ -2636,7 +2579,7 @@ def test_an_engine_that_fails_on_one_host_ends_all(demo, chat, home) -> None:
     assert f"llmchat: error: On {platform.node()}: The engine failed" in done.err
     assert "rank 1 exited with code 1" in done.err
     # The prompt is kept, and what came before.
-    assert len(reread(home / "talk")) == 3
+    assert len(reread(home / "0/talk")) == 3
 
 
 # ------------------------------------------------------------------------------------- Benchmarks
