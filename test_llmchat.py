@@ -1651,7 +1651,8 @@ def test_no_model_named_shows_how_and_what_is_there(demo, chat, home) -> None:
 
 
 def test_the_sample_session_through_a_pipe_with_a_downloaded_model_and_no_network(demo, chat, home) -> None:
-    put_in_hub_cache(home, model := "mlx-community/Tiny-Instruct-4bit", demo)
+    model = "mlx-community/Tiny-Instruct-4bit"
+    put_in_hub_cache(home, model, demo)
     assert chat(model, "--revision", "v3").complaint == Like(f"{model} is not in the cache, and HF_HUB_OFFLINE *")
     (home / ".llmchat_config").write_text(f"model = {model}\n")
     assert chat(stdin=SESSION_PROMPTS) == (SESSION.format(model=model), "", 0)
@@ -1862,6 +1863,7 @@ def test_a_pasted_block_is_one_prompt_and_comes_back_whole(pasting, demo, termin
     # A command is one line: a block never is one.
     assert sent(screen, home, pasting("/help\rme") + "\r") == "/help\nme"
     assert sent(screen, home, UP + UP + "\r") == block
+    assert "takes no text" not in plain(screen.output)
     assert screen.leave(CTRL_D) == 0
     # The terminal marks pastes only as long as the chat.
     assert re.findall(r"\x1b\[\?2004[hl]", screen.output)[-1].endswith("l")
