@@ -47,7 +47,7 @@ import signal
 import sys
 
 # Ctrl+C while the rest is imported ends the program quietly; `main` takes the signals over.
-if os.path.basename(sys.argv[0]).startswith("llmchat") and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+if "chat" in os.path.basename(sys.argv[0]) and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
