@@ -2383,6 +2383,8 @@ class LineEditor:
         bindings = [r'"\e[99~": redraw-current-line', "tab: complete", r'"\e[200~": bracketed-paste-begin']
         # Alt+Enter begins a new line; a text that is put into the line is not shown as selected.
         bindings += [r'"\e\C-m": "\C-v\C-j"', "set enable-active-region off"]
+        # It decides by the environment's locale how many bits a character has.
+        bindings += ["set convert-meta off", "set input-meta on", "set output-meta on"]
         for binding in ("bind ^[[99~ ed-redisplay", "bind ^I rl_complete") if self._libedit else bindings:
             readline.parse_and_bind(binding)
 
