@@ -366,8 +366,9 @@ class Hosts:
         # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
         with foreign("Another host is gone, so the chat can't go on: {}.", EngineError), mx.stream(generation_stream):
             length = int(all_sum(mx.array(len(data))).item())
-            # One host gives bytes, the others as many zeros.
-            return json.loads(bytes(all_sum(mx.array([*data] or [0] * length, mx.uint8))))
+            # One host gives bytes, the others as many zeros; MLX takes a list of them, byte by byte, 500 times as long.
+            buffer: Any = bytearray(data or length)
+            return json.loads(bytes(all_sum(mx.array(buffer))))
 
 
 def join_hosts() -> Hosts:
