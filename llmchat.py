@@ -2129,6 +2129,9 @@ class Screen:
 # The bytes of one key, or of a paste that the terminal doesn't mark, follow each other faster than this.
 BURST_S = 0.03
 
+# An Esc that comes so soon after a reply was meant to stop it.
+LATE_S = 1.0
+
 # Have the terminal put marks around pastes, or no longer; these marks; and a key of no keyboard, to redraw the line.
 MARK_PASTES, LEAVE_PASTES = b"\x1b[?2004h", b"\x1b[?2004l"
 PASTE_BEGINS, PASTE_ENDS, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
@@ -2162,8 +2165,8 @@ class Keyboard:
         self._found: list[Any] = []
         # Keys that the editor was not given yet, as they came; what it is being given; and an Esc without its key.
         self._waiting, self._sending, self._escape = b"", b"", b""
-        # The editor reads; what it was given last since it does.
-        self._feeding, self.given = False, b""
+        # The editor reads; what it was given last since it does, and since when.
+        self._feeding, self.given, self._since_s = False, b"", 0.0
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -2215,7 +2218,7 @@ class Keyboard:
         """Hand keys on to the line editor while it reads: these, those that wait, and what is typed."""
         try:
             with self._lock:
-                self._sending, self._feeding, self.given = keys, True, b""
+                self._sending, self._feeding, self.given, self._since_s = keys, True, b"", time.monotonic()
             os.write(self._wake, b"\0")
             yield
         except KeyboardInterrupt:
@@ -2258,7 +2261,7 @@ class Keyboard:
         data = re.sub(rb"\x1b(?=\x1b\[200~)|\x1b\Z", b"", keys)
         if data != keys and not self._feeding:
             self.on_escape()
-        elif keys.endswith(b"\x1b"):
+        elif keys.endswith(b"\x1b") and time.monotonic() - self._since_s > LATE_S:
             self._escape = b"\x1b"
         if PASTE_BEGINS not in data:
             data = re.sub(unmarked, PASTE_BEGINS + rb"\g<0>" + PASTE_ENDS, data)
@@ -2270,6 +2273,7 @@ class Keyboard:
         with contextlib.suppress(OSError):
             if data := os.read(self._terminal, 1 << 16):
                 return data
+        # It stays gone: the thread that asks again and again is not to take the processor.
         time.sleep(BURST_S)
         return b""
 
