@@ -2064,7 +2064,9 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
     assert base64.b64encode(PRINT.encode()).decode() in screen.output
     screen.send("/edit\r", "prompt -> My name is\nAda.")
     assert screen.ask("")
-    screen.send("/edit\r", "prompt -> My name is\nAda.")
+    # What is typed while the other program has the terminal is kept.
+    screen.send("/edit\r")
+    screen.send("Yes?", "prompt -> My name is\nAda.Yes?")
     screen.send(CTRL_C, "prompt -> ")
     screen = terminal(demo, EDITOR="false")
     screen.send("/edit\r", "false ended with status 1: nothing is taken from it.*prompt -> ")
@@ -2152,6 +2154,8 @@ def test_a_prompt_line_is_drawn_again_after_ctrl_z(demo, terminal) -> None:
     os.kill(screen.pid, signal.SIGSTOP)
     os.kill(screen.pid, signal.SIGCONT)
     screen.expect("prompt -> Say ")
+    # The shell has switched that off in between.
+    assert screen.output.count("\x1b[?2004h") == 2
     assert screen.ask("hello.") == SAID_HELLO
 
 
