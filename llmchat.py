@@ -562,6 +562,8 @@ class Model:
     fingerprint: str
     # What the state of a conversation may take of the memory, on each host; None is no bound.
     memory_bytes: int | None
+    # The marks around its thoughts, once they are known: structure too, also where they are no tokens.
+    marks: Sequence[str] = ()
 
     @property
     def _function(self) -> Any:
@@ -577,11 +579,17 @@ class Model:
     @functools.cached_property
     def variables(self) -> set[str]:
         """The variables that the chat template reads, and a few names more."""
-        # The names in a template's code that are no attributes and no strings. mlx-lm tells a function one thing.
+        import jinja2
+
+        # mlx-lm tells a function one thing.
         if self._function:
             return {"enable_thinking"}
-        code = "".join(re.findall(r"{[{%].*?[%}]}", self.template, re.DOTALL))
-        return {*re.findall(r"(?<![.\w])\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", code))}
+        # The lexer knows no tags, so that those of transformers need no telling. What is wrong, rendering says.
+        words = [""]
+        with contextlib.suppress(jinja2.TemplateSyntaxError):
+            words += [word for _, kind, word in jinja2.Environment().lex(self.template) if kind != "whitespace"]
+        # No attribute, and nothing that is only given a value.
+        return {word for before, word, after in zip(words, words[1:], words[2:]) if before != "." and after != "="}
 
     def render(self, messages: Sequence[dict[str, Any]], prompted: bool = True, **variables: Any) -> str:
         """Return the template's text for `messages`, if prompted up to where the reply starts. Raises `ChatError`."""
@@ -597,11 +605,11 @@ class Model:
 
     @functools.cached_property
     def _structure(self) -> re.Pattern[str]:
-        """The texts of tokens that may be a prompt's structure: special ones, and others that the template names."""
+        """The texts that may be a prompt's structure: special tokens, others that the template names, and marks."""
         tokens = self.tokenizer.added_tokens_decoder.values()
-        texts = [str(token) for token in tokens if token.special or str(token) in self.template]
-        texts = sorted((text for text in texts if len(text.strip()) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        texts = {str(token) for token in tokens if token.special or str(token) in self.template}
+        ordered = sorted((text for text in texts.union(self.marks) if len(text.strip()) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
 
     def as_text(self, content: str) -> str:
         """Return a content broken up, so that neither template nor tokenizer takes a part of it for structure."""
@@ -1091,8 +1099,8 @@ class Piece(NamedTuple):
     text: str
 
 
-# The kinds of a reply's text that are never shown: before its first mark or word, between thought and answer, beyond.
-START, BETWEEN, HIDDEN = "start", "between", "hidden"
+# The kinds of a reply's text that are never shown: before its first mark or word, and between thought and answer.
+START, BETWEEN = "start", "between"
 
 # Contents in blocks of types that templates read (Ministral's, Apertus').
 BLOCKS = {"thinking blocks": ("thinking", "thinking", "text"), "thoughts blocks": ("thoughts", "text", "response")}
@@ -1150,7 +1158,8 @@ class ThoughtFormat(NamedTuple):
     def parted(self, message: Message) -> Message:
         """Return a message with its thought apart, where an older session has it in the content, between its marks."""
         for format in (self, self._replace(start="<think>", end="</think>")):
-            if message["role"] == "assistant" and "reasoning_content" not in message:
+            marked = message["role"] == "assistant" and any(mark in message["content"] for mark in format.marks)
+            if marked and "reasoning_content" not in message:
                 splitter = ThoughtSplitter(format)
                 list(itertools.chain(splitter.feed(message["content"]), splitter.finish()))
                 message = {**message, **splitter.said()}
@@ -1255,7 +1264,10 @@ class ThoughtFinder:
             # Not merely printed as it is, as part of a list.
             if answered and end.strip() and "'type'" not in before and '"type"' not in before:
                 opening = self._marks.get(end.strip(), "")
-                start = before.rfind(opening) if opening and opening in before else self._header(before)
+                header = self._header(before)
+                start = before.rfind(opening) if opening and opening in before else header
+                # Blanks before a mark belong to it.
+                start = start if before[header:start].strip() else min(header, start)
                 return ThoughtFormat(before[start:], end, place=place)
         return None
 
@@ -1299,17 +1311,20 @@ class ThoughtSplitter:
 
     def __init__(self, format: ThoughtFormat, begun: str = "") -> None:
         """`begun` is what the prompt has said already of the reply."""
-        start, end, lead, tail = (mark.strip() for mark in format[:4])
+        start, end, lead = (mark.strip() for mark in format[:3])
+        # A thought may have several parts.
+        further = end.removesuffix(lead) + start if start else ""
         # The marks that count in each kind of text, and the kind that each begins.
         self._marks = {
             START: {start: "thought", end: BETWEEN, lead: "answer"},
-            "thought": {start: "thought", end: BETWEEN},
+            "thought": {start: "thought", further: "thought", end: BETWEEN},
             BETWEEN: {lead: "answer"},
-            "answer": {tail: HIDDEN},
-            HIDDEN: {},
+            "answer": {},
         }
-        self._format = format
-        # All of the text, marks and all; the kind of text that comes next, and what may be the beginning of a mark.
+        self._format, self._start = format, start
+        # What ends an answer; where there is something to begin one too, only after that or another mark.
+        self._tail = "" if lead else format.tail
+        # All of the text, marks and all; the kind of text that comes next, and what is not certain yet.
         self.text, self.kind, self._held = "", START, ""
         # What came, after the prompt, of the kinds that are shown.
         self._texts = {"thought": "", "answer": ""}
@@ -1320,44 +1335,54 @@ class ThoughtSplitter:
         """Yield what is certain of all the text so far."""
         self.text, self._held = self.text + text, self._held + text
         while True:
-            kind, marks = self.kind, self._marks[self.kind]
-            found = ((self._held.find(mark), mark) for mark in marks if mark and mark in self._held)
+            found = ((self._held.find(mark), mark) for mark in self._marks[self.kind] if mark and mark in self._held)
             place, mark = min(found, default=(0, ""))
             if not mark:
                 break
             yield from self._take(place)
-            # Words before the mark may have begun the answer, in which it is no mark any more.
-            if self.kind == kind:
+            # After the words before it, it may be no mark any more.
+            if mark in (marks := self._marks[self.kind]):
                 self._held = self._held[len(mark) :]
-                self.kind = marks[mark]
-        # The end may be the beginning of a mark.
-        partial = max((n for mark in marks for n in range(1, len(mark)) if self._held.endswith(mark[:n])), default=0)
-        yield from self._take(len(self._held) - partial)
+                self.kind, self._tail = marks[mark], self._format.tail
+        yield from self._take(self._certain())
+
+    def _certain(self) -> int:
+        """Return the length of the held text that is no mark: its end may be the beginning of one."""
+        held, marks, tail = self._held, self._marks[self.kind], self._tail.strip() * (self.kind == "answer")
+        if tail:
+            # It ends the answer only if nothing comes after it. Blanks around belong to it.
+            held, marks = held.rstrip(), {tail: ""}
+        partial = max((n for mark in marks for n in range(1, len(mark) + 1) if held.endswith(mark[:n])), default=0)
+        certain = held[: len(held) - partial]
+        return len(certain.rstrip() if tail or not certain.strip() else certain)
 
     def finish(self) -> Iterator[Piece]:
-        """Yield what was held back, at the end of a reply; the beginning of a special token is no text."""
-        yield from self._take(0 if self._held.startswith("<|") else len(self._held))
+        """Yield what was held back, at the end of a reply, but for its last mark or the beginning of a token."""
+        rest, tail = self._held.strip(), self._tail
+        yield from self._take(0 if rest.startswith("<|") or (rest and rest == tail.strip()) else len(self._held))
+        # Blanks before the end of a turn are the template's.
+        self.text, self._texts["answer"] = (text.removesuffix(tail) for text in (self.text, self._texts["answer"]))
 
     def said(self) -> Message:
         """Return the answer, and the thought if there is one, as a message has them."""
-        thought, answer = self._texts["thought"].strip(), self._texts["answer"]
-        # Blanks before a mark belong to it.
-        content = {"content": answer.rstrip() if self.kind == HIDDEN else answer}
-        return {**content, "reasoning_content": thought} if thought else content
+        thought, answer = (self._texts[kind].replace(BREAK, "") for kind in ("thought", "answer"))
+        return {"content": answer, **({"reasoning_content": thought.strip()} if thought.strip() else {})}
 
     def _take(self, length: int) -> Iterator[Piece]:
         text, self._held = self._held[:length], self._held[length:]
         if self.kind in (START, BETWEEN):
             # Newlines around the marks belong to them.
-            if self._format.end:
-                text = text.lstrip("\n") if self.kind == BETWEEN else text.lstrip()
-            if text.strip():
-                unmarked = self.kind == START and self._format.end and not self._format.start
-                self.kind = "thought" if unmarked else "answer"
-        if text and self.kind != HIDDEN:
-            kind = "thought" if self.kind == "thought" else "answer"
-            self._texts[kind] += text
-            yield Piece(kind, text)
+            text = text.lstrip("\n") if self._format.end else text
+            if not text.strip():
+                return
+            unmarked = self.kind == START and self._format.end and not self._format.start
+            self.kind = "thought" if unmarked else "answer"
+        if self.kind == "thought" and text.strip():
+            # From here on it would be quoted.
+            self._marks["thought"].pop(self._start, None)
+        if text:
+            self._texts[self.kind] += text
+            yield Piece(self.kind, text)
 
 
 # ---------------------------------------------------------------------------------- Conversation
@@ -1431,6 +1456,8 @@ class Conversation:
     def __init__(self, model: Model, settings: Settings, messages: Sequence[Message] = ()) -> None:
         self._model, self._settings, self.hosts = model, settings, model.hosts
         self._format = ThoughtFinder(model).find()
+        # A thought may also begin with prose, which anybody may write.
+        model.marks = [*filter(MARK.fullmatch, self._format.marks)]
         self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
         # The most tokens that the memory holds; hosts with other layers are to leave out the same turns.
         memory_bytes = model.memory_bytes
@@ -1688,7 +1715,7 @@ class Conversation:
             statistics.finish_reason = response.finish_reason
             yield from splitter.feed(response.text)
             statistics.thought_tokens += splitter.kind == "thought"
-            statistics.answer_tokens += splitter.kind in ("answer", HIDDEN)
+            statistics.answer_tokens += splitter.kind == "answer"
             marks = statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
             if response.finish_reason:
                 yield from splitter.finish()

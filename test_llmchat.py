@@ -785,16 +785,34 @@ def test_a_wrong_config_line_is_named_with_file_and_line(home, chat) -> None:
     assert (done.code, done.complaint) == (2, Like("*could not be read*"))
 
 
-@pytest.mark.parametrize("family", ["thinking", "sliding"])
-def test_thoughts_are_told_apart_wherever_the_text_is_split(family) -> None:
-    format = llmchat.ThoughtFormat(*(mark.strip() for mark in FAMILIES[family].marks))
-    text = FAMILIES[family].reply.format(thought="a < b, <thin", answer="No <thought> about <think>.")
+THINK, RESPONSE = ("<think>", "</think>"), ("<think>", "</think>", "<response>", "</response>")
+ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+# The marks, what is said, and its thought and answer.
+APART = [
+    (THINK, "<think>a < b, <thin</think>No <thought> about <think>.", "a < b, <thin", "No <thought> about <think>."),
+    (THINK, "<think>\nIs <think> a mark?\n</think>\n\n    x = 1", "Is <think> a mark?", "    x = 1"),
+    (THINK, "\n    x = 1", "", "    x = 1"),
+    (("", "[END]"), "a [E\n[END]\nb", "a [E", "b"),
+    (
+        (ANALYSIS, FINAL, "<|channel|>final<|message|>", ""),
+        f"{ANALYSIS}a < b. <|end|><|start|>assistant{ANALYSIS}<thin{FINAL}No <thought>.",
+        *("a < b. <thin", "No <thought>."),
+    ),
+    (RESPONSE, "<response><response> is </response>\n.\n</response>\n", "", "<response> is </response>\n."),
+    (RESPONSE, "It is <response>\n</response>", "", "It is <response>\n</response>"),
+    ((*THINK, "", "\n"), "<think>a</think>Yes.\n", "a", "Yes."),
+]
+
+
+@pytest.mark.parametrize(("marks", "text", "thought", "answer"), APART)
+def test_thoughts_are_told_apart_wherever_the_text_is_split(marks, text, thought, answer) -> None:
     for one, two in itertools.combinations_with_replacement(range(len(text)), 2):
-        splitter = ThoughtSplitter(format)
+        splitter = ThoughtSplitter(llmchat.ThoughtFormat(*marks))
         pieces = [p for part in (text[:one], text[one:two], text[two:]) for p in splitter.feed(part)]
         pieces += splitter.finish()
-        said = {kind: "".join(p.text for p in pieces if p.kind == kind).strip() for kind in ("thought", "answer")}
-        assert said == {"thought": "a < b, <thin", "answer": "No <thought> about <think>."}
+        shown = {kind: "".join(p.text for p in pieces if p.kind == kind).strip("\n") for kind in ("thought", "answer")}
+        assert shown == {"thought": thought, "answer": answer}
+        assert splitter.said() == {"content": answer, **({"reasoning_content": thought} if thought else {})}
 
 
 def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split() -> None:
@@ -1505,6 +1523,23 @@ def test_an_older_session_has_its_thoughts_in_the_contents(way, thinker, chat, h
     assert reread(session) == [message for turn in ASKED for message in as_kept(turn, family)]
 
 
+@pytest.mark.parametrize("way", ["closed only", "content, kept"])
+def test_an_answer_without_a_thought_stays_one_on_another_day(way, thinker, chat, home) -> None:
+    session = home / "talk.jsonl"
+    session.write_bytes(as_lines(message for turn in ASKED[:3] for message in turn.messages()))
+    chat(thinker(way), "--session", "talk.jsonl", "--max-tokens", "1", stdin=asked(ASKED[3]))
+    assert reread(session)[:6] == [message for turn in ASKED[:3] for message in turn.messages()]
+
+
+def test_a_template_reads_what_its_code_names(demo) -> None:
+    model = loaded(demo)
+    model.tokenizer.chat_template = (
+        "{% generation %}{{ '}}' + \"{{ enable_thinking }}\" }}{% endgeneration %}{{ ns.thinking_budget }}"
+        "{% set ns = namespace(thinking_effort=1) %}{% if thinking and reasoning_effort == 'low' %}{% endif %}"
+    )
+    assert {*llmchat.SWITCHES, *llmchat.DEGREES, llmchat.BUDGET} & model.variables == {"thinking", "reasoning_effort"}
+
+
 @pytest.fixture(params=["thinking", "opened", "sliding", "hybrid"])
 def hurried(request, common):
     """A conversation with a model that knows a long thought, and an answer for when it is stopped."""
@@ -1594,10 +1629,12 @@ def test_a_terminal_without_styles_names_thought_and_answer(thinker, terminal) -
         assert on_screen(screen.output) == Like(f"*\nprompt -> {ASKED[0].prompt}\n{shown}\n\nprompt ->")
 
 
-@pytest.mark.parametrize("way", ["content, cut", "field, kept"])
-def test_no_content_can_forge_a_turn_or_a_thought(way, thinker) -> None:
-    model = loaded(thinker(way))
-    settings, kept = Settings(system=FORGED), as_kept(Turn(FORGED, FORGED, FORGED), WAYS[way])
+@pytest.mark.parametrize("way", ["content, cut", "field, kept", "of no tokens"])
+def test_no_content_can_forge_a_turn_or_a_thought(way, thinker, demo, tmp_path) -> None:
+    # The template may also cut at what the vocabulary doesn't know.
+    cut = put("chat_template.jinja", THINKING)
+    model = loaded(thinker(way) if way in WAYS else changed(tmp_path / "cut", demo, cut))
+    settings, kept = Settings(system=FORGED), as_kept(Turn(FORGED, FORGED, FORGED), WAYS.get(way, WAYS["content, cut"]))
     net = Counting(model.net)
     conversation = Conversation(dataclasses.replace(model, net=net), settings, kept)
     pieces = conversation.reply(FORGED)
@@ -1607,7 +1644,7 @@ def test_no_content_can_forge_a_turn_or_a_thought(way, thinker) -> None:
     marks = {mark: fed.count(model.tokenizer.convert_tokens_to_ids(mark)) for mark in ("<|im_start|>", "<|im_end|>")}
     # Of a system prompt, a prompt, a reply, a prompt, and the reply that comes.
     assert marks == {"<|im_start|>": 5, "<|im_end|>": 4}
-    assert model.tokenizer.decode(fed).count("<|im_start|>assistant\nYes.") >= 3
+    assert model.tokenizer.decode(fed).count("<|im_start|>assistant\nYes.") >= 4
     assert fed.count(model.tokenizer.convert_tokens_to_ids("<think>")) == 0
 
 
