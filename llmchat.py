@@ -178,6 +178,11 @@ def effort(text: str) -> bool | str:
     return text.lower() if text.lower() in ("low", "medium", "high") else switch(text, "low, medium, high, ")
 
 
+def unquoted(text: str) -> str:
+    """Return a text without the quotes around it."""
+    return re.sub(r"""^(["'])(.*)\1$""", r"\2", text)
+
+
 def shown_value(value: Any) -> str:
     """Return a parameter's value as a config file would say it."""
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -266,10 +271,10 @@ class Settings:
             text = re.sub(r"^\s*#.*|\s#(\s.*)?$", "", line).strip()
             key, equals, value = (part.strip() for part in text.partition("="))
             with foreign(f"{path}:{count}: {key} {{}}", status=2):
-                if text and not equals:
+                if text and not (key and equals):
                     raise argparse.ArgumentTypeError("is not of the form 'key = value'")
                 if text:
-                    self.change(key, re.sub(r"""^(["'])(.*)\1$""", r"\2", value), str(path))
+                    self.change(key, unquoted(value), str(path))
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages after the system prompt, if there is one."""
@@ -600,7 +605,7 @@ class Model:
         with foreign(f"The chat template of {self.name} can't render this conversation: {{}}. {advice}"):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted, **variables)
         if len(text) > MOST_CHARACTERS:
-            raise ChatError(f"The chat template of {self.name} makes {len(text)} characters of this conversation.")
+            raise ChatError(f"The chat template of {self.name} makes {len(text)} characters of it. Shorten the prompt.")
         return str(text)
 
     @functools.cached_property
@@ -1748,7 +1753,7 @@ def replace_file(path: Path, data: bytes, *, locked: bool = False) -> io.FileIO:
     """
     # What the name leads to is replaced, so that a link stays one.
     path = path.resolve()
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".llmchat")
     try:
         with contextlib.suppress(FileNotFoundError):
             os.fchmod(descriptor, path.stat().st_mode & 0o777)
@@ -1852,11 +1857,12 @@ class KeptChats:
     def _quoted(model: str) -> str:
         """Return a model as the name of a file has it, the same wherever the program is started."""
         folder = Path(os.path.expanduser(model))
-        return quote(str(folder.resolve()) if folder.is_dir() else model, safe="")
+        # A name has room for 255 bytes, also that of the state while it is written.
+        return quote(str(folder.resolve()) if folder.is_dir() else model, safe="")[-180:]
 
     def begin(self, model: str) -> SessionFile:
         """Begin a file; the oldest of too many go. Raises `ChatError`."""
-        with foreign(f"{self.folder} can't be used to keep conversations: {{}}."):
+        with foreign(f"{self.folder} can't be used to keep conversations: {{}}. Mend that, or start with --no-keep."):
             self.folder.mkdir(mode=0o700, exist_ok=True)
             files = self._files()
             states = [state for file in files[self.STATES - 1 :] for state in self.folder.glob(f"{file.name}.*")]
@@ -2204,6 +2210,9 @@ class Keyboard:
         os.set_blocking(self._editor, False)
         self._woken, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        # In the background of a shell this waits until the terminal is the program's.
+        with contextlib.suppress(termios.error):
+            termios.tcdrain(self._terminal)
         self._found = termios.tcgetattr(self._terminal)
         termios.tcsetattr(self._end, termios.TCSANOW, self._found)
         os.dup2(self._end, self._stdin)
@@ -2256,9 +2265,8 @@ class Keyboard:
             self._feeding = False
 
     def holds_keys(self) -> bool:
-        """Tell if keys wait for the editor, or if it was given a whole line that nobody has got yet."""
-        typed = select.select([self._terminal], [], [], 0)[0]
-        return bool(typed or self._sending or self._waiting or self.given.endswith((b"\r", b"\n")))
+        """Tell if keys wait for the editor."""
+        return bool(self._sending or self._waiting or select.select([self._terminal], [], [], 0)[0])
 
     def _run(self) -> None:
         """Take keys from the terminal and hand them on, until `close`."""
@@ -2415,6 +2423,8 @@ class LineEditor:
         bindings = [r'"\e[99~": redraw-current-line', "tab: complete", r'"\e[200~": bracketed-paste-begin']
         # Alt+Enter begins a new line; a text that is put into the line is not shown as selected.
         bindings += [r'"\e\C-m": "\C-v\C-j"', "set enable-active-region off"]
+        # In a search, readline 8.2 crashes at a key that begins with Ctrl+X: the search ends there.
+        bindings += [r'set isearch-terminators "\C-[\C-j\C-x"']
         # It decides by the environment's locale how many bits a character has.
         bindings += ["set convert-meta off", "set input-meta on", "set output-meta on"]
         for binding in ("bind ^[[99~ ed-redisplay", "bind ^I rl_complete") if self._libedit else bindings:
@@ -2474,7 +2484,8 @@ class LineEditor:
 
     def read_prompt(self, text: str = "") -> str:
         """Read a prompt: a line, a paste, or what is typed between three quotes. Raises like `read_line`."""
-        if text and self.interactive and self._is_tall(text):
+        # What was typed ahead is a prompt of its own.
+        if text and self.interactive and (self._is_tall(text) or self._keyboard.holds_keys()):
             self._readline.add_history(self._held(text))
             self._screen.note("Press Up to edit the prompt.")
             text = ""
@@ -2505,9 +2516,10 @@ class LineEditor:
 
     def typed(self) -> bool:
         """Tell if there was something in the prompt when Ctrl+C came."""
-        # Libedit empties its buffer only when it is given a key.
-        given = self._keyboard.given and self._readline.get_line_buffer()
-        return bool(self._block or given or self._keyboard.holds_keys())
+        given = self._keyboard.given
+        # It may be a whole line that nobody has got yet. Libedit empties its buffer only when it is given a key.
+        typed = given.endswith((b"\r", b"\n")) or (given and self._readline.get_line_buffer())
+        return bool(self._block or typed or self._keyboard.holds_keys())
 
     def remember(self, prompt: str) -> None:
         """Add a prompt that somebody typed to the history, in the line editor and on disk."""
@@ -2530,6 +2542,8 @@ class LineEditor:
 
 
 LEAVE_WORDS = ("quit", "bye", "exit")
+# The last lines of a prompt that are shown of a conversation that goes on.
+SHOWN_LINES = 10
 KEYS_HELP = (
     (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
     ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line"),
@@ -2555,6 +2569,8 @@ class Signals:
         self.status = 0
         # Somebody chats; the next press tears what goes on now from its work, or the second does; there was a press.
         self.chatting = self.tearing = self.replying = self.pressed = False
+        # There was a Ctrl+C in this reply: a thread knows that while Python waits for the engine.
+        self.seen = False
         # What ends the program does so at the next `leave_if_due`.
         self.held = False
 
@@ -2585,10 +2601,20 @@ class Signals:
         Python looks at one only if it ends a wait for input: it may have come just before that, or to another thread.
         """
         while number := os.read(woken, 1):
+            self.seen |= self.replying and number[0] == signal.SIGINT
             if number[0] != self.WAKE:
                 time.sleep(BURST_S)
                 signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
         os.close(woken)
+
+    @contextlib.contextmanager
+    def torn(self) -> Iterator[None]:
+        """Have a press tear what is done meanwhile from its work."""
+        self.pressed, self.tearing = False, True
+        try:
+            yield
+        finally:
+            self.tearing = False
 
     def press(self) -> None:
         """Ask the reply to stop."""
@@ -2696,6 +2722,8 @@ class Chat:
     files: list[str] = dataclasses.field(default_factory=list)
     # The prompt that stands in the next line for editing.
     draft: str = ""
+    # The turns that were set aside last.
+    aside: Sequence[Message] = ()
     # An error was said; the session could not be written last time.
     failed: bool = False
     unkept: bool = False
@@ -2712,7 +2740,9 @@ class Chat:
             moment = f"{'today' if day == datetime.now().date() else day}, {self.session.written:%H:%M}"
             self.screen.note(f"Going on with {count} of {self.settings.session or moment}.")
             if self.screen.watched:
-                self.screen.note("\n".join(message["content"] for message in turns[-2:]))
+                # Files may stand before a prompt.
+                *_, prompt, reply = (message["content"] for message in turns)
+                self.screen.note("\n".join([*prompt.splitlines()[-SHOWN_LINES:], reply]))
 
     def run(self) -> None:
         """Talk until the user leaves."""
@@ -2737,12 +2767,9 @@ class Chat:
     def _read(self) -> str:
         draft, self.draft = self.draft, ""
         self.signals.leave_if_due()
-        self.signals.pressed, self.signals.tearing = False, True
-        try:
+        with self.signals.torn():
             # A prompt that starts with a slash is typed with two.
             return self.editor.read_prompt("/" * draft.startswith("/") + draft)
-        finally:
-            self.signals.tearing = False
 
     def _respond(self, prompt: str) -> None:
         self.editor.remember(prompt)
@@ -2833,30 +2860,34 @@ class Chat:
 
     def _set_aside(self) -> None:
         """Keep the conversation as it is on disk now in a file of its own: what follows is another one."""
-        if self.session and self.session.messages and self.kept:
+        turns = self.conversation.messages
+        # Of one that nothing was added to, a copy is enough.
+        if self.session and self.session.messages and self.kept and turns != self.aside:
             with contextlib.closing(self.kept.begin(str(self.settings.model))) as aside:
                 aside.save(self.session.messages)
+            self.aside = turns
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
         self.screen.hide_thoughts, self.screen.plain = self.settings.hide_thoughts, self.settings.plain
-        doing = "reading the prompt"
-        wait = functools.partial(self.screen.wait, lambda: "stopping..." if self.signals.pressed else doing)
+        doing, signals = "reading the prompt", self.signals
+        wait = functools.partial(self.screen.wait, lambda: "stopping..." if signals.pressed or signals.seen else doing)
+        signals.seen = False
         wait()
-        self.signals.tearing = True
+        signals.tearing = True
         try:
             # To close a reply is to stop it.
             with contextlib.closing(pieces):
                 for piece in pieces:
-                    self.signals.tearing, self.signals.replying = False, True
+                    signals.tearing, signals.replying = False, True
                     if piece.kind == "reading" and piece.text:
                         doing = f"reading the prompt: {piece.text}"
                     self.screen.show(piece)
                     if piece.kind == "notice":
                         wait()
-                    if self.signals.pressed:
+                    if signals.pressed:
                         break
         finally:
-            self.signals.tearing = self.signals.replying = False
+            signals.tearing = signals.replying = False
         self.screen.end_reply()
         self._end(self.conversation.statistics)
 
@@ -2952,9 +2983,11 @@ class Chat:
     @command("[PATH ...]")
     def _file(self, rest: str) -> None:
         """Put files before the next prompt; - drops them."""
-        with foreign(f"/file {shortened(rest)}: {{}}"):
+        self.screen.wait(lambda: "reading files")
+        # A pattern may lead through all of a disk.
+        with self.signals.torn(), foreign(f"/file {shortened(rest)}: {{}}"):
             words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
-        self.files = [] if words == ["-"] else self.files + read_texts(words)
+            self.files = [] if words == ["-"] else self.files + read_texts(words)
         for text in self.files:
             self.screen.note(f"{text.partition(chr(10))[0]} {self.conversation.measure(text)}")
         if not self.files:
@@ -2996,7 +3029,7 @@ class Chat:
             raise ChatError("/save needs the name of a file.")
         if self.conversation.hosts.rank:
             return
-        path = Path(os.path.expanduser(rest))
+        path = Path(os.path.expanduser(unquoted(rest)))
         written = as_markdown if path.suffix == ".md" else as_lines
         with foreign(f"{shortened(rest)} could not be written: {{}}. Name another file."):
             if path.exists():

@@ -15,6 +15,7 @@ import cProfile
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import http.server
 import importlib
 import io
@@ -1343,6 +1344,11 @@ def test_a_prompt_whose_reply_was_lost_waits_in_the_line(flags, demo, terminal, 
     screen.send("\r", "100\n*prompt -> ")
     assert screen.leave(CTRL_D) == 0
     assert contents(session) == ["Count.", NUMBERS]
+    # Of a prompt that files stand before, its end is shown.
+    session.write_bytes(as_lines(Turn("".join(f"Line {n}.\n" for n in range(100)), "Yes.").messages()))
+    screen = terminal(demo, *flags)
+    assert fits(".\nLine 90.\n*Line 99.\nYes.").search(plain(screen.output)) and "Line 89" not in screen.output
+    assert screen.leave(CTRL_D) == 0
     # It can't drive the terminal.
     session.write_bytes(as_lines([{"role": "user", "content": "\x1b]0;x\x07Hi\x9b5n"}]))
     screen = terminal(demo, *flags, prompt="prompt -> ]0;xHi5n")
@@ -1925,6 +1931,10 @@ def test_what_is_typed_ahead_stays_unseen_separate_and_whole(pasting, demo, term
         # A line that is too long for the model comes back.
         screen.send(CTRL_U)
         assert sent(screen, home, pasting("x" * length) + "\r") == "x" * length
+    # It waits in the history where something else was typed ahead.
+    (home / "long").write_text("word " * 5000)
+    screen.send(CTRL_U + "/file long\r", "doesn't fit*\nprompt -> ")
+    screen.send(MARKED("Sum up.") + "\r/file -\r", "too long*Press Up*prompt -> /file -\nNo files*prompt -> ")
 
 
 def test_three_quotes_hold_several_lines(demo, terminal, home) -> None:
@@ -1962,6 +1972,8 @@ def test_earlier_prompts_are_recalled_searched_and_completed(demo, terminal, hom
     screen = terminal(demo, "--max-tokens", "1")
     assert sent(screen, home, UP * 5 + "\r") == "a\tb"
     assert sent(screen, home, UP * 2 + "\r") == "日本 back\\slash \\n👋🏽"
+    # A key of two in a search: readline 8.2 itself would crash.
+    assert sent(screen, home, "\x12hell\x18\x05\r") == "Say hello."
 
 
 @pytest.mark.parametrize(("change", "flags", "coloured", "styled"), COLOURS)
@@ -1988,7 +2000,7 @@ def test_a_history_that_can_not_be_used_is_a_warning(case, demo, terminal, home)
     screen.send(UP + UP + "\r", "Say hello.*\n\nprompt -> ")
     said = " ".join(plain(screen.output).split())
     assert said.count("Prompts are not kept for another day") == 1
-    assert said.count("can't be used to keep conversations: File exists.") == 1
+    assert said.count("can't be used to keep conversations: File exists. Mend that, or start with --no-keep.") == 1
 
 
 def test_thoughts_and_answers_are_a_blank_line_apart() -> None:
@@ -2110,7 +2122,7 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
 
 
 def test_a_conversation_is_saved_as_markdown(thinker, chat, home) -> None:
-    chat(thinker("channels"), stdin=f"{ASKED[0].prompt}\n/save talk.md\n")
+    chat(thinker("channels"), stdin=f"{ASKED[0].prompt}\n/save 'talk.md'\n")
     thought = f"<details><summary>Thought</summary>\n\n{ASKED[0].thought}\n\n</details>"
     expected = f"**You:**\n\n{ASKED[0].prompt}\n\n**Model:**\n\n{thought}\n\n{ASKED[0].answer}\n\n"
     assert (home / "talk.md").read_text() == expected
@@ -2164,6 +2176,15 @@ def test_what_clear_takes_out_of_a_session_is_kept_and_undo_brings_it_back(demo,
     assert contents(kept) == ["My name is Ada.", "Nice to meet you, Ada!"]
     done = chat(demo, "--session", "talk", stdin="My name is Ada.\n/clear\n/undo\nWhat is my name?\n")
     assert transcript(SAMPLE[4]) in done.out and len(contents(home / "talk")) == 4
+    # Of one that nothing was added to, one copy is kept.
+    chat(demo, "--session", "new", stdin="My name is Ada.\n" + "/system Be brief.\n/system Be kind.\n" * 3)
+    assert len([*kept.parent.iterdir()]) == 3
+
+
+def test_a_model_whose_path_is_long_is_gone_on_with(demo, chat, tmp_path) -> None:
+    model = str(shutil.copytree(demo, tmp_path.joinpath(*["モデル" * 3] * 4)))
+    assert chat(model, "--keep-state", stdin="My name is Ada.\n").err == ""
+    assert transcript(SAMPLE[4]) in chat("-c", model, "--keep-state", stdin="What is my name?\n").out
 
 
 def test_esc_stops_a_reply_and_a_paste_meanwhile_is_one_prompt(demo, terminal) -> None:
@@ -2220,6 +2241,42 @@ def test_a_template_that_never_ends_is_stopped(demo, terminal, tmp_path) -> None
     screen.send("Hello\r")
     screen.see("reading the prompt")
     screen.send(CTRL_C, "prompt -> Hello")
+    screen.send(CTRL_U + "/file /**/nowhere*\r")
+    screen.see("reading files")
+    screen.send(CTRL_C)
+    screen.see("prompt ->*Stopped.*prompt ->*Stopped.")
+
+
+def test_ctrl_c_is_seen_while_the_engine_works() -> None:
+    def press() -> None:
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not signals.seen:
+            time.sleep(0.01)
+        before.append(not signals.pressed)
+
+    before = []
+    # The press may come late, where the machine is slow.
+    while not any(before) and len(before) < 10:
+        with llmchat.Signals() as signals:
+            signals.chatting = signals.replying = True
+            thread = threading.Thread(target=press)
+            thread.start()
+            # As MLX does, this looks at no signal, and lets other threads run.
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
+            thread.join()
+            assert signals.pressed
+    assert any(before)
+
+
+def test_one_that_is_started_in_the_background_waits_for_fg(demo, terminal) -> None:
+    screen = terminal(program=["/bin/bash", "--norc", "-i"], prompt="$ ", PS1="$ ")
+    screen.send("set -b\r", "$ ")
+    screen.send(f"{shlex.join([*PROGRAM, demo])} &\r", "Stopped")
+    screen.send("fg\r", "\nprompt -> ")
+    screen.send("Say ", "Say ")
+    assert screen.ask("hello.") == SAID_HELLO
+    screen.send(CTRL_D, "Goodbye!\n*$ ")
 
 
 def test_ctrl_c_while_the_libraries_are_imported_ends_quietly(demo, start, home) -> None:
