@@ -2557,8 +2557,8 @@ class Signals:
     """Handles the signals while entered, and gives them back.
 
     They end the program by way of all that cleans up. In a chat on a terminal Ctrl+C does not: it drops the line that
-    is being read, and asks a reply to stop. Nothing else is torn from its work but the rendering of a prompt (a
-    template may never end), and, by a second press, an engine that doesn't stop.
+    is being read, and asks a reply to stop. Nothing else is torn from its work but the reading of files and the
+    rendering of a prompt (a template may never end), and, by a second press, an engine that doesn't stop.
     """
 
     # A signal that is ignored by default, so that nobody else means anything by it here.
@@ -2608,7 +2608,7 @@ class Signals:
         os.close(woken)
 
     @contextlib.contextmanager
-    def torn(self) -> Iterator[None]:
+    def tearable(self) -> Iterator[None]:
         """Have a press tear what is done meanwhile from its work."""
         self.pressed, self.tearing = False, True
         try:
@@ -2767,7 +2767,7 @@ class Chat:
     def _read(self) -> str:
         draft, self.draft = self.draft, ""
         self.signals.leave_if_due()
-        with self.signals.torn():
+        with self.signals.tearable():
             # A prompt that starts with a slash is typed with two.
             return self.editor.read_prompt("/" * draft.startswith("/") + draft)
 
@@ -2985,7 +2985,7 @@ class Chat:
         """Put files before the next prompt; - drops them."""
         self.screen.wait(lambda: "reading files")
         # A pattern may lead through all of a disk.
-        with self.signals.torn(), foreign(f"/file {shortened(rest)}: {{}}"):
+        with self.signals.tearable(), foreign(f"/file {shortened(rest)}: {{}}"):
             words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
             self.files = [] if words == ["-"] else self.files + read_texts(words)
         for text in self.files:
