@@ -2101,7 +2101,10 @@ def test_files_go_before_the_next_prompt(demo, chat, home) -> None:
 
 def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, home) -> None:
     editor = home / "editor"
-    editor.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[-1], 'w').write('My name is\\nAda.')\n")
+    editor.write_text(
+        f"#!{sys.executable}\nimport select, sys\nif open(sys.argv[-1]).read() == 'wait': select.select([0], [], [])\n"
+        "open(sys.argv[-1], 'w').write('My name is\\nAda.')\n"
+    )
     editor.chmod(0o755)
     screen = terminal(demo, VISUAL=str(editor))
     screen.ask("Say hello.")
@@ -2113,10 +2116,10 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
     assert base64.b64encode(PRINT.encode()).decode() in screen.output
     screen.send("/edit\r", "prompt -> My name is\nAda.")
     assert screen.ask("")
-    # What is typed while the other program has the terminal is kept.
-    screen.send("/edit\r")
-    screen.send("Yes?", "prompt -> My name is\nAda.Yes?")
-    screen.send(CTRL_C, "prompt -> ")
+    # What is typed while the other program has the terminal is kept, as a prompt of its own.
+    screen.send("/edit wait\r")
+    screen.send("/stats\r", "Press Up*prompt -> /stats\nstats = true\n*prompt -> ")
+    screen.send(UP + UP, "My name is\nAda.")
     screen = terminal(demo, EDITOR="false")
     screen.send("/edit\r", "false ended with status 1: nothing is taken from it.*prompt -> ")
 
