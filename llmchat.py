@@ -901,7 +901,7 @@ class PromptCache:
 
     def __init__(self, net: Any, shared: bool = False) -> None:
         """Hold the state of a network; one that is `shared` goes back to snapshots, the same on every host."""
-        self._net = net
+        self._net, self._shared = net, shared
         self.clear()
         # Every layer can go back any number of tokens, now and later, here and on other hosts.
         self.can_trim = not (shared or any(map(self._needs_copy, self._leaves())))
@@ -921,9 +921,13 @@ class PromptCache:
         return [leaf for layer in self._layers for leaf in getattr(layer, "caches", [layer])]
 
     @staticmethod
-    def _needs_copy(leaf: Any) -> bool:
+    def _trims_now(leaf: Any) -> bool:
         # A sliding window (max_size) says that it can be trimmed until it wraps, a chunk (chunk_size) says so always.
-        return hasattr(leaf, "max_size") or hasattr(leaf, "chunk_size") or not leaf.is_trimmable()
+        return bool(leaf.is_trimmable()) and not hasattr(leaf, "chunk_size")
+
+    @classmethod
+    def _needs_copy(cls, leaf: Any) -> bool:
+        return hasattr(leaf, "max_size") or not cls._trims_now(leaf)
 
     def _take_snapshot(self) -> None:
         # Deep, because a wrapped sliding window writes into its arrays in place. Copying an MLX array
@@ -938,7 +942,9 @@ class PromptCache:
         if shared == len(self.tokens):
             return shared
         self._snapshots = [kept for kept in self._snapshots if kept[0] <= shared]
-        length, copies = (shared, {}) if self.can_trim else [(0, {}), *self._snapshots][-1]
+        # A sliding window goes back until it wraps.
+        trims = not self._shared and all(map(self._trims_now, self._leaves()))
+        length, copies = (shared, {}) if trims else [(0, {}), *self._snapshots][-1]
         with self._dropped_on_error():
             surplus, self.tokens = len(self.tokens) - length, self.tokens[:length]
             for place, leaf in enumerate(self._leaves()):
@@ -1396,6 +1402,8 @@ class ThoughtSplitter:
 # From here on a prompt takes long enough to say how far its reading is.
 LONG_PROMPT_TOKENS = 200
 
+FILLED = "The reply can't go on: it fills {}. /clear starts over."
+
 # The most tokens that a reply may have outside of its thought and its answer; a model may say blanks without end.
 MOST_MARK_TOKENS = 64
 
@@ -1419,10 +1427,9 @@ class Statistics:
     started_s: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
-    def full(self) -> bool:
-        """Tell if the context has room for no further token."""
-        used = self.prompt_tokens + self.generation_tokens
-        return self.context_length is not None and used >= self.context_length
+    def room(self) -> int:
+        """The number of tokens that the context has still room for."""
+        return (self.context_length or sys.maxsize) - self.prompt_tokens - self.generation_tokens
 
     def line(self) -> str:
         """Return the statistics as one line."""
@@ -1463,6 +1470,8 @@ class Conversation:
         self._format = ThoughtFinder(model).find()
         # A thought may also begin with prose, which anybody may write.
         model.marks = [*filter(MARK.fullmatch, self._format.marks)]
+        # What closes a thought.
+        self._closing = model.encode(self._format.closing)
         self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
         # The most tokens that the memory holds; hosts with other layers are to leave out the same turns.
         memory_bytes = model.memory_bytes
@@ -1525,8 +1534,8 @@ class Conversation:
         if answer and live.splitter.kind != "thought":
             raise ChatError("There is no thought to close: /continue goes on with the answer.")
         held = len(self._cache.tokens)
-        if limit and held >= limit:
-            raise ChatError(f"The reply can't go on: it fills {bound}. /clear starts over.")
+        if limit and held + len(self._closing) * answer >= limit:
+            raise ChatError(FILLED.format(bound))
         if self._live:
             self.statistics.prompt_tokens = self.statistics.cached_tokens = held
         # If this fails, the reply goes on from a state computed anew.
@@ -1548,7 +1557,8 @@ class Conversation:
         """Have the model hear that it has thought enough, and begin the answer; only the mark is computed."""
         live.responses.close()
         list(live.splitter.feed(self._format.closing))
-        live.prompt = max(live.prompt, self._cache.tokens, key=len) + self._model.encode(self._format.closing)
+        live.prompt = max(live.prompt, self._cache.tokens, key=len) + self._closing
+        self.statistics.prompt_tokens += len(self._closing)
         list(self._cache.prefill(live.prompt, 0))
         live.responses = self._stream(live.prompt)
 
@@ -1598,15 +1608,18 @@ class Conversation:
             return f"{model.name} can't be told how much to think."
         return ""
 
-    def _fit(self, messages: list[Message], first: int) -> tuple[int, str, list[int]]:
-        """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits."""
+    def _fit(self, messages: list[Message], first: int, said: int = 0) -> tuple[int, str, list[int]]:
+        """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits.
+
+        Of a reply that goes on, `said` is the number of tokens that follow the prompt.
+        """
 
         def prompt(first: int) -> tuple[int, str, list[int]]:
             text = self._render(messages[first:])
             return first, text, self._model.encode(text)
 
         limit, bound = self.bound()
-        room = min(self._settings.max_tokens, limit // 4) if limit else 0
+        room = said + 1 if said else min(self._settings.max_tokens, limit // 4) if limit else 0
         fitting = prompt(first)
         if limit is None or len(fitting[2]) + room <= limit:
             return fitting
@@ -1618,6 +1631,8 @@ class Conversation:
             firsts = firsts[:half] if fits else firsts[half:]
         fitting = prompt(firsts[0]) if firsts else fitting
         if (size := len(fitting[2])) + room > limit:
+            if said:
+                raise ChatError(FILLED.format(bound))
             force = ", or start with --force" * (limit != self._model.context_length)
             raise ChatError(
                 f"The prompt is too long for {bound}: {size} tokens, with {room} kept for the reply. Shorten it"
@@ -1639,7 +1654,8 @@ class Conversation:
     def _begin(self, messages: list[Message], reply: Message | None = None) -> Generator[Piece, None, Reply]:
         """Compute the state of a prompt, and of a reply of an earlier day up to where it was cut or stopped."""
         first = self._first if self._settings.history else len(messages) - 1
-        fitting, text, tokens = self._fit(messages, first)
+        most = len(self._model.encode(self._format.said(self._as_text(reply)))) if reply else 0
+        fitting, text, tokens = self._fit(messages, first, most)
         if fitting > first:
             turns = fitting // 2
             who = f"The first {turns} turns no longer fit" if turns > 1 else "The first turn no longer fits"
@@ -1724,10 +1740,13 @@ class Conversation:
             marks = statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
             if response.finish_reason:
                 yield from splitter.finish()
-            elif statistics.full or statistics.answer_tokens >= settings.max_tokens or marks > MOST_MARK_TOKENS:
+                continue
+            enough = splitter.kind == "thought" and statistics.thought_tokens == settings.max_thought_tokens
+            full = statistics.room <= len(self._closing) * enough
+            if full or statistics.answer_tokens >= settings.max_tokens or marks > MOST_MARK_TOKENS:
                 statistics.finish_reason = "length"
                 return
-            elif splitter.kind == "thought" and statistics.thought_tokens == settings.max_thought_tokens:
+            if enough:
                 yield Piece("notice", f"Thought enough: {statistics.thought_tokens} tokens; the answer begins.")
                 self._close_thought(live)
 
@@ -1765,7 +1784,7 @@ def replace_file(path: Path, data: bytes, *, locked: bool = False) -> io.FileIO:
         Path(name).replace(path)
     except BaseException:
         os.close(descriptor)
-        Path(name).unlink()
+        Path(name).unlink(missing_ok=True)
         raise
     return io.FileIO(descriptor, "r+b")
 
@@ -1800,10 +1819,15 @@ class SessionFile:
         self.state = path.parent / f"{path.name}.state.safetensors"
         with foreign(f"{path} can't be used as a session: {{}}. Name another file."):
             self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+            if not path.is_file():
+                raise OSError("it is no file")
         self.written = datetime.fromtimestamp(os.fstat(self._file.fileno()).st_mtime)
         try:
             with foreign(f"{path} is in use by another chat, or its disk has no locks: name another file."):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The other chat may have put a new file in the place of this one.
+                if not os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
+                    raise BlockingIOError
             self.messages = self._read()
         except ChatError:
             self.close()
@@ -1850,8 +1874,12 @@ class KeptChats:
 
     def _files(self, model: str = "*") -> list[Path]:
         """Return the files of the conversations with a model, as their names have it; the last one comes first."""
-        files = self.folder.glob(f"* {model}.jsonl")
-        return sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+        files = []
+        for file in self.folder.glob(f"* {model}.jsonl"):
+            # Another chat may just have removed it.
+            with contextlib.suppress(OSError):
+                files.append((file.stat().st_mtime, file))
+        return [file for _, file in sorted(files, reverse=True)]
 
     @staticmethod
     def _quoted(model: str) -> str:
@@ -1917,8 +1945,12 @@ class PromptHistory:
         if prompt == self._last or len(line) > self.BYTES:
             return False
         self._last = prompt
-        with open(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb") as file:
-            file.write(line)
+        with open(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            # On a full disk half a line would be part of the next one.
+            if file.write(line) < len(line):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return True
 
 
@@ -2896,7 +2928,7 @@ class Chat:
         reply: Message = self.conversation.messages[-1] if self.conversation.messages else {}
         ended, said = statistics.finish_reason, statistics.generation_tokens
         goes_on = "/continue goes on"
-        if statistics.full:
+        if statistics.room <= 0:
             goes_on = "the context is full"
         elif self.settings.prompt is not None:
             goes_on = "--max-tokens allows more"

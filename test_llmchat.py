@@ -847,6 +847,11 @@ def test_the_history_is_bounded_and_rewritten_only_when_it_has_doubled(tmp_path)
     with path.open("ab") as file:
         file.write(b"\nlast but one\n\xff\xfe last\n")
     assert llmchat.PromptHistory(link).load() == ["last but one", "\ufffd\ufffd last"]
+    # On a full disk no half of a line is left.
+    code = f"import llmchat; llmchat.PromptHistory({str(link)!r}).add('word ' * 1000)"
+    limited = ["sh", "-c", f'ulimit -f 1; "{sys.executable}" -c "{code}"']
+    assert "OSError" in subprocess.run(limited, cwd=HERE, capture_output=True, text=True, check=False).stderr
+    assert llmchat.PromptHistory(link).load() == ["last but one", "\ufffd\ufffd last"]
     assert path.read_bytes() == b"last but one\n\xff\xfe last\n"
     assert link.is_symlink()
     assert {*tmp_path.iterdir()} == {path, link}
@@ -1081,6 +1086,11 @@ def test_what_is_left_of_a_conversation_is_right_when_its_first_turn_is_left_out
     talk.model.context_length = 4096
     talk.expect(WHO_AM_I)
     assert talk.statistics.prompt_tokens == whole
+    # A reply that goes on another day has its place too.
+    assert hear(talk.retry(), until="It is")[1] == "It is"
+    model = dataclasses.replace(talk.model, net=talk.net._network, context_length=whole + 1)
+    other = Talk(model, talk.messages, max_tokens=1)
+    assert next(other.resume()) == ("notice", Like("The first *no longer fit*"))
 
 
 @pytest.mark.parametrize("full", ["context", "memory"])
@@ -1116,24 +1126,41 @@ CHUNKED = {
 }
 
 
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="the oldest mlx-lm fails on chunked attention by itself")
-def test_a_turn_costs_its_new_tokens_where_attention_is_chunked() -> None:
-    family = Family(CHATML, model_type="llama4", config={"text_config": CHUNKED})
+def costing(family: Family):
+    """A function that tells how many tokens of a prompt are computed; what is said then is what a fresh cache says."""
     network, tokenizer = Counting(make_network(family, 300, 64)[0]), make_tokenizer(["words"], family)
+    held = llmchat.PromptCache(network)
 
     def say(cache, prompt: list[int]) -> list[int]:
         cache.rewind(prompt)
         list(cache.prefill(prompt, len(prompt) - 3))
         return [response.token for response in itertools.islice(cache.stream(tokenizer, prompt), 20)]
 
-    cache, prompt = llmchat.PromptCache(network), [*range(40)]
-    for turn in range(12):
+    def cost(prompt: list[int]) -> int:
         before = network.tokens
-        said = say(cache, prompt)
-        # A turn of these is 20 tokens, after a prompt whose last 3 stand in no later one.
-        assert network.tokens - before <= 40 + 20 + 1
+        said = say(held, prompt)
+        # The engine runs one token ahead.
+        computed = network.tokens - before - len(said)
         assert said == say(llmchat.PromptCache(network), prompt)
+        return computed
+
+    return cost
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="the oldest mlx-lm fails on chunked attention by itself")
+def test_a_turn_costs_its_new_tokens_where_attention_is_chunked() -> None:
+    cost = costing(Family(CHATML, model_type="llama4", config={"text_config": CHUNKED}))
+    prompt = [*range(40)]
+    for turn in range(12):
+        # A turn of these is 20 tokens, after a prompt whose last 3 stand in no later one.
+        assert cost(prompt) <= 40
         prompt = [*prompt[:-3], *range(turn, turn + 23)]
+
+
+def test_a_window_that_has_not_wrapped_goes_back_any_number_of_tokens() -> None:
+    cost = costing(dataclasses.replace(FAMILIES["sliding"], config={**SLIDING, "sliding_window": 128}))
+    prompts = [*range(60)], [*range(50), 7, 8], [*range(20), 7, 8], [*range(150)], [*range(20), 7, 8]
+    assert list(map(cost, prompts)) == [60, 2, 2, 130, 22]
 
 
 def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> None:
@@ -1571,6 +1598,11 @@ def test_a_stopped_thought_goes_on_or_is_answered_at_the_cost_of_the_mark_alone(
     assert hear(talk.resume()) == (HURRY.thought.partition("five ")[2], HURRY.answer)
     assert talk.messages[-1] == as_kept(HURRY, talk.family)[1]
     assert hear(talk.retry(), until="three") == (RUSHED.cut, "")
+    # The mark needs a place too.
+    talk.model.context_length = len(talk._cache.tokens) + len(mark)
+    with pytest.raises(ChatError, match="The reply can't go on: it fills"):
+        hear(talk.resume(answer=True))
+    talk.model.context_length = 4096
     assert talk.cost(lambda: rest.append(hear(talk.resume(answer=True)))) == len(mark)
     assert rest[-1] == ("", RUSHED.answer)
     assert talk.messages[-1] == as_kept(dataclasses.replace(HURRY, thought=RUSHED.cut), talk.family)[1]
@@ -1598,6 +1630,10 @@ def test_a_thought_has_room_of_its_own_and_max_tokens_counts_the_answer(hurried)
     thought, answer = hear(talk.reply(HURRY.prompt))
     assert thought == HURRY.thought
     assert talk.statistics.answer_tokens == 1 and HURRY.answer.startswith(answer) and answer
+    # It is not closed where the context has no room for the mark.
+    talk.settings.max_thought_tokens, talk.model.context_length = tokens, talk.statistics.prompt_tokens + tokens + 2
+    assert hear(talk.retry())[1] == "" and talk.statistics.finish_reason == "length"
+    assert len(talk._cache.tokens) <= talk.model.context_length
 
 
 def test_one_shot_that_ends_in_its_thought_says_so(thinker, chat, tmp_path) -> None:
@@ -2155,12 +2191,14 @@ def test_every_conversation_is_kept_and_the_last_one_goes_on(demo, chat, home, t
     folder = home / ".llmchat"
     chat(demo, stdin="/help\n")
     assert not folder.exists()
+    folder.mkdir(0o700)
+    (folder / "gone x.jsonl").symlink_to("nowhere")
     chat(demo, "--no-keep", stdin="Say hello.\n")
     chat(demo, "-p", "Say hello.")
     chat(demo, "--system", "Be brief.", stdin="word " * 5000 + "\n")
     assert chat(demo, "-c").complaint == f"There is no conversation with {demo} in {folder} to go on with."
     chat(demo, stdin="Say hello.\n/clear\nMy name is Ada.\n")
-    _, *files = sorted(folder.iterdir())
+    _, *files = sorted(folder.glob("2*"))
     assert [contents(file)[0] for file in files] == ["My name is Ada.", "Say hello."]
     assert (folder.stat().st_mode & 0o777, files[0].stat().st_mode & 0o777) == (0o700, 0o600)
     chat(thinker("channels"), stdin="Hello, how are you?\n")
@@ -2294,7 +2332,7 @@ def test_ctrl_c_while_the_libraries_are_imported_ends_quietly(demo, start, home)
 def test_foreign_nonsense_is_one_short_sentence(demo, chat, tmp_path) -> None:
     assert "HF_..." in chat("own/model", "-p", "x", HF_HUB_ETAG_TIMEOUT="nonsense").complaint
     assert chat(demo, "-p", "x", TMPDIR="/nowhere").complaint.startswith("TMPDIR names no folder")
-    for name in ("/", "no/such/folder/file"):
+    for name in ("/", "no/such/folder/file", "/dev/null"):
         assert chat("some/model", "--session", name).complaint == Like(f"{name} can't be used as a session: *.")
     few = ["sh", "-c", 'ulimit -n 1024 && exec "$@"', "sh", *PROGRAM]
     assert "ulimit -n (mlx-lm needs 4096)" in chat(demo, "-p", "x", program=few).complaint
