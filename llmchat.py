@@ -584,11 +584,11 @@ class Model:
     @functools.cached_property
     def variables(self) -> set[str]:
         """The variables that the chat template reads, and a few names more."""
-        import jinja2
-
         # mlx-lm tells a function one thing.
         if self._function:
             return {"enable_thinking"}
+        import jinja2
+
         # The lexer knows no tags, so that those of transformers need no telling. What is wrong, rendering says.
         words = [""]
         with contextlib.suppress(jinja2.TemplateSyntaxError):
@@ -1332,7 +1332,7 @@ class ThoughtSplitter:
             BETWEEN: {lead: "answer"},
             "answer": {},
         }
-        self._format, self._start = format, start
+        self._format = format
         # What ends an answer; where there is something to begin one too, only after that or another mark.
         self._tail = "" if lead else format.tail
         # All of the text, marks and all; the kind of text that comes next, and what is not certain yet.
@@ -1390,7 +1390,7 @@ class ThoughtSplitter:
             self.kind = "thought" if unmarked else "answer"
         if self.kind == "thought" and text.strip():
             # From here on it would be quoted.
-            self._marks["thought"].pop(self._start, None)
+            self._marks["thought"].pop(self._format.start.strip(), None)
         if text:
             self._texts[self.kind] += text
             yield Piece(self.kind, text)
@@ -1654,7 +1654,8 @@ class Conversation:
     def _begin(self, messages: list[Message], reply: Message | None = None) -> Generator[Piece, None, Reply]:
         """Compute the state of a prompt, and of a reply of an earlier day up to where it was cut or stopped."""
         first = self._first if self._settings.history else len(messages) - 1
-        most = len(self._model.encode(self._format.said(self._as_text(reply)))) if reply else 0
+        reply = reply and self._as_text(reply)
+        most = len(self._model.encode(self._format.said(reply))) if reply else 0
         fitting, text, tokens = self._fit(messages, first, most)
         if fitting > first:
             turns = fitting // 2
@@ -1663,7 +1664,7 @@ class Conversation:
         self._live = None
         sent = messages[fitting:]
         begun = self._begun(text, sent)
-        said = self._format.said(self._as_text(reply), begun) if reply else ""
+        said = self._format.said(reply, begun) if reply else ""
         # A clock or a date in the template may be different elsewhere.
         tokens = self.hosts.share(tokens + self._model.encode(said))
         yield from self._prefill(tokens, sent)
@@ -2642,11 +2643,11 @@ class Signals:
     @contextlib.contextmanager
     def tearable(self) -> Iterator[None]:
         """Have a press tear what is done meanwhile from its work."""
-        self.pressed, self.tearing = False, True
+        self.tearing = True
         try:
             yield
         finally:
-            self.tearing = False
+            self.tearing = self.replying = False
 
     def press(self) -> None:
         """Ask the reply to stop."""
@@ -2773,7 +2774,7 @@ class Chat:
             self.screen.note(f"Going on with {count} of {self.settings.session or moment}.")
             if self.screen.watched:
                 # Files may stand before a prompt.
-                *_, prompt, reply = (message["content"] for message in turns)
+                prompt, reply = (message["content"] for message in turns[-2:])
                 self.screen.note("\n".join([*prompt.splitlines()[-SHOWN_LINES:], reply]))
 
     def run(self) -> None:
@@ -2800,6 +2801,7 @@ class Chat:
         draft, self.draft = self.draft, ""
         self.signals.leave_if_due()
         with self.signals.tearable():
+            self.signals.pressed = False
             # A prompt that starts with a slash is typed with two.
             return self.editor.read_prompt("/" * draft.startswith("/") + draft)
 
@@ -2905,21 +2907,17 @@ class Chat:
         wait = functools.partial(self.screen.wait, lambda: "stopping..." if signals.pressed or signals.seen else doing)
         signals.seen = False
         wait()
-        signals.tearing = True
-        try:
-            # To close a reply is to stop it.
-            with contextlib.closing(pieces):
-                for piece in pieces:
-                    signals.tearing, signals.replying = False, True
-                    if piece.kind == "reading" and piece.text:
-                        doing = f"reading the prompt: {piece.text}"
-                    self.screen.show(piece)
-                    if piece.kind == "notice":
-                        wait()
-                    if signals.pressed:
-                        break
-        finally:
-            signals.tearing = signals.replying = False
+        # To close a reply is to stop it.
+        with signals.tearable(), contextlib.closing(pieces):
+            for piece in pieces:
+                signals.tearing, signals.replying = False, True
+                if piece.kind == "reading" and piece.text:
+                    doing = f"reading the prompt: {piece.text}"
+                self.screen.show(piece)
+                if piece.kind == "notice":
+                    wait()
+                if signals.pressed:
+                    break
         self.screen.end_reply()
         self._end(self.conversation.statistics)
 

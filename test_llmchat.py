@@ -2239,7 +2239,7 @@ def test_esc_stops_a_reply_and_a_paste_meanwhile_is_one_prompt(demo, terminal) -
     # An Esc that comes just too late belongs to no key, and later to no paste.
     screen.send("\x1b")
     screen.send("/stats\r", "stats = true\n*prompt -> ")
-    time.sleep(llmchat.LATE_S + 0.1)
+    time.sleep(llmchat.LATE_S + 0.1)  # the time in which it is late
     screen.send("\x1b")
     screen.send(MARKED("/clear\nnow") + "\r", "prompt -> ")
     screen.send('"""\r', "... ")
@@ -2290,7 +2290,7 @@ def test_a_template_that_never_ends_is_stopped(demo, terminal, tmp_path) -> None
 
 def test_ctrl_c_is_seen_while_the_engine_works() -> None:
     def press() -> None:
-        time.sleep(0.1)
+        time.sleep(0.1)  # for the other thread to be at work
         os.kill(os.getpid(), signal.SIGINT)
         while not signals.seen:
             time.sleep(0.01)
