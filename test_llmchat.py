@@ -55,9 +55,18 @@ from llmchat import ChatError, Conversation, Piece, Settings, ThoughtSplitter, a
 # A test run that was started in the background ignores these two, and so would every program it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+# Under nohup this one is ignored. A program inherits that, but no handler; the test run still goes on.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 HERE = Path(__file__).parent
 PROGRAM = [sys.executable, str(HERE / "llmchat.py")]
+
+
+def slow_but(quick: list, values) -> list:
+    """Parameters of a test, of which all but the quick ones are marked as slow."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
 
 # ---------------------------------------------------------------------------------- Model builder
 
@@ -959,7 +968,7 @@ def hear(pieces, until: str | None = None) -> tuple[str, str]:
     return said["thought"].strip(), said["answer"].strip()
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=slow_but(["dense", "sliding", "hybrid"], FAMILIES))
 def model(request, common):
     return load(common, request.param)
 
@@ -1034,7 +1043,7 @@ def test_retry_says_the_last_reply_again_and_undo_takes_it_back(talk) -> None:
     talk.expect(ADA, WHO_AM_I)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", slow_but([1], [1, 2]))
 def test_a_turn_stopped_in_prefill_leaves_no_trace_but_its_state(chunks, talk) -> None:
     talk.expect(HELLO)
     messages, long, before = talk.messages, "word " * 300, talk.net.tokens
@@ -1168,6 +1177,7 @@ def test_a_window_that_has_not_wrapped_goes_back_any_number_of_tokens() -> None:
     assert list(map(cost, prompts)) == [60, 2, 2, 130, 22]
 
 
+@pytest.mark.slow
 def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> None:
     cache = llmchat.PromptCache(talk.net)
     more = cache.tokens_in(2 << 30) - cache.tokens_in(1 << 30)
@@ -1363,7 +1373,7 @@ def test_one_shots_with_nothing_to_say_or_no_place_to_be(demo, chat, home) -> No
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("flags", [("--session", ".llmchat/chat"), ("-c",)])
+@pytest.mark.parametrize("flags", slow_but([("-c",)], [("--session", ".llmchat/chat"), ("-c",)]))
 def test_a_prompt_whose_reply_was_lost_waits_in_the_line(flags, demo, terminal, home) -> None:
     (home / ".llmchat").mkdir()
     screen = terminal(demo, *(() if flags == ("-c",) else flags))
@@ -1417,6 +1427,7 @@ def test_a_state_goes_on_though_the_context_was_full_or_the_reply_was_cut(talk, 
     assert hear(other.reply("Hm?")) == hear(plain.reply("Hm?"))
 
 
+@pytest.mark.slow
 def test_a_state_that_is_damaged_or_of_something_else_changes_no_word(talk, tmp_path) -> None:
     chance, file = random.Random(1), tmp_path / "state.safetensors"
     talk.expect(*SAMPLE[:2])
@@ -1535,7 +1546,7 @@ def as_kept(turn: Turn, family: Family) -> list[dict]:
     return [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.answer, **thought}]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(["blocks", "content, cut"], WAYS))
 def test_a_thought_goes_back_where_the_template_takes_it_and_into_another_model(way, thinker, demo, chat, home) -> None:
     family, session = WAYS[way], home / "talk.jsonl"
     done = chat(thinker(way), *family.flags, "--session", "talk.jsonl", stdin=asked(*ASKED[:3]))
@@ -1578,7 +1589,7 @@ def test_a_template_reads_what_its_code_names(demo) -> None:
     assert {*llmchat.SWITCHES, *llmchat.DEGREES, llmchat.BUDGET} & model.variables == {"thinking", "reasoning_effort"}
 
 
-@pytest.fixture(params=["thinking", "opened", "sliding", "hybrid"])
+@pytest.fixture(params=slow_but(["opened", "sliding"], ["thinking", "opened", "sliding", "hybrid"]))
 def hurried(request, common):
     """A conversation with a model that knows a long thought, and an answer for when it is stopped."""
     family = FAMILIES[request.param]
@@ -1851,7 +1862,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves(demo, terminal, ho
     assert (home / "talk.state.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGHUP]))
 @pytest.mark.parametrize("phase", ["loading", "prompt", "prefill", "decode"])
 def test_a_signal_leaves_the_terminal_as_it_was_found(phase, number, demo, terminal, home) -> None:
     history = home / ".llmchat_history"
@@ -1912,19 +1923,20 @@ def sent(screen: Terminal, home: Path, keys: str) -> str:
     return llmchat.PromptHistory(home / ".llmchat_history").load()[-1]
 
 
-# A folder with a `readline` on libedit, as Python on macOS has it: CPython's Modules/readline.c, compiled with
-# -DWITH_EDITLINE -DPy_BUILD_CORE_MODULE and linked with -ledit.
+# A folder with a `readline` module on libedit, as Python on macOS has it: `nox -s libedit` builds it.
 LIBEDIT = os.environ.get("LLMCHAT_LIBEDIT")
 needs_libedit = pytest.mark.skipif(not LIBEDIT, reason="LLMCHAT_LIBEDIT names no folder with a readline on libedit")
+on_libedit = pytest.param("libedit", marks=[pytest.mark.libedit, needs_libedit])
 
 
-@pytest.fixture(params=["marked pastes", "bursts", pytest.param("libedit", marks=needs_libedit)])
+@pytest.fixture(params=["marked pastes", "bursts", on_libedit])
 def pasting(request, environment):
     if request.param == "libedit":
         environment["PYTHONPATH"] += f":{LIBEDIT}"
     return MARKED if request.param == "marked pastes" else str
 
 
+@pytest.mark.libedit
 @needs_libedit
 def test_libedit_takes_any_character_search_and_esc(demo, terminal, environment, home) -> None:
     environment.update(LC_ALL="C", PYTHONPATH=f"{environment['PYTHONPATH']}:{LIBEDIT}")
@@ -2263,7 +2275,7 @@ def test_a_prompt_line_is_drawn_again_after_ctrl_z(demo, terminal) -> None:
     assert screen.ask("hello.") == SAID_HELLO
 
 
-@pytest.mark.parametrize("locale", ["C", "POSIX", "xx_XX"])
+@pytest.mark.parametrize("locale", slow_but(["C"], ["C", "POSIX", "xx_XX"]))
 def test_any_locale_takes_any_character(locale, demo, terminal, home) -> None:
     screen = terminal(demo, LC_ALL=locale)
     assert screen.ask("ça 🎉")
@@ -2273,6 +2285,7 @@ def test_any_locale_takes_any_character(locale, demo, terminal, home) -> None:
     assert terminal(demo, LC_ALL=locale).send(UP + UP, "ça 🎉")
 
 
+@pytest.mark.slow
 def test_turns_that_no_longer_fit_are_found_in_few_renderings(demo) -> None:
     messages = [message for count in range(500) for message in Turn(f"Say {count}.", "word " * 20).messages()]
     conversation, profile = Conversation(loaded(demo), Settings(max_tokens=1), messages), cProfile.Profile()
@@ -2429,6 +2442,7 @@ def test_a_model_is_downloaded_once_and_then_needs_no_hub(hub, chat, home) -> No
     assert chat("own/damaged").complaint.endswith(f"Remove {damaged}, and it is downloaded again.")
 
 
+@pytest.mark.slow
 def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(sharded, hub, terminal, home) -> None:
     hub.put("own/model", sharded)
     hub.faults = {f"own/model/{SHARDS[1]}": "stall"}
@@ -2447,6 +2461,7 @@ def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(
     terminal(model, "--recommended", prompt="Loading").see("loading: 0.0 of 0.0 GB")
 
 
+@pytest.mark.slow
 def test_a_download_that_was_cut_goes_on_with_the_rest(sharded, hub, chat) -> None:
     hub.put("own/model", sharded)
     hub.faults = {f"own/model/{SHARDS[1]}": "cut"}
@@ -2501,6 +2516,7 @@ LOCAL_FAILURES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_folder_that_can_not_be_loaded_is_one_sentence(demo, chat, tmp_path) -> None:
     for n, (changes, sentence) in enumerate(LOCAL_FAILURES):
         model = changed(tmp_path / str(n), demo, *changes)
@@ -2545,7 +2561,9 @@ def mutate(folder: Path, chance: random.Random) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("cases", [15, pytest.param(300, marks=pytest.mark.stress)])
+@pytest.mark.parametrize(
+    "cases", [pytest.param(15, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.stress)]
+)
 def test_a_spoilt_model_loads_or_is_one_sentence(cases, sharded, chat, tmp_path) -> None:
     for seed in range(cases):
         folder = shutil.copytree(sharded, tmp_path / str(seed))
@@ -2611,6 +2629,7 @@ def hold_conversations(folder: str) -> None:
     print("every word was right")
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize(("count", "name"), [(2, "dense"), (2, "sliding"), (2, "thinking"), *FOUR_HOSTS])
 def test_hosts_hold_conversations_word_for_word(count, name, common, chat) -> None:
@@ -2620,6 +2639,7 @@ def test_hosts_hold_conversations_word_for_word(count, name, common, chat) -> No
     assert done.out == "every word was right\n" * count, done.err
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.stress)])
 def test_hosts_chat_as_one_alone_does_and_rank_0_is_seen_and_writes(count, demo, chat, home) -> None:
@@ -2643,6 +2663,7 @@ def test_hosts_chat_as_one_alone_does_and_rank_0_is_seen_and_writes(count, demo,
     assert {path.name for path in (home / "1").iterdir()} == {".llmchat_config"}
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize(("changes", "flags", "complaint"), NOT_SHARED)
 def test_what_can_not_be_shared_is_one_sentence_said_once(changes, flags, complaint, demo, chat, tmp_path) -> None:
@@ -2654,6 +2675,7 @@ def test_what_can_not_be_shared_is_one_sentence_said_once(changes, flags, compla
     assert not Path(model, "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CAN_SHARE, reason="this mlx-lm can")
 def test_an_mlx_lm_that_can_not_share_a_model_says_so(demo, chat) -> None:
     launcher = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", PROGRAM[1]]
@@ -2661,6 +2683,7 @@ def test_an_mlx_lm_that_can_not_share_a_model_says_so(demo, chat) -> None:
     assert complaints == [Like("mlx-lm * can't share a model among hosts*")]
 
 
+@pytest.mark.slow
 @needs_sharding
 def test_a_model_that_is_different_on_one_host_is_said_with_its_name(demo, chat, home) -> None:
     for rank, context in (("0", 4096), ("1", 2048)):
@@ -2683,6 +2706,7 @@ FEW_ENDINGS = [(2, "SIGINT all", "prompt"), (2, "SIGTERM 1", "loading"), (2, "SI
 LONG_ENDINGS = [pytest.param(*case, marks=pytest.mark.stress) for case in EVERY_ENDING]
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize(("count", "ending", "moment"), [*FEW_ENDINGS, *LONG_ENDINGS])
 def test_every_ending_ends_every_host(count, ending, moment, demo, start, tmp_path) -> None:
@@ -2721,6 +2745,7 @@ class Model(llama.Model):
 """
 
 
+@pytest.mark.slow
 @needs_sharding
 def test_an_engine_that_fails_on_one_host_ends_all(demo, chat, home) -> None:
     model = changed(home / "model", demo, configured(model_file="fails.py"), put("fails.py", FAILS_ON_ONE_HOST))
@@ -2845,10 +2870,11 @@ def unpacked(weights: dict[str, mx.array], quantization: dict) -> dict[str, mx.a
     return numbers
 
 
-def build_smollm2(folder: str | Path) -> str:
+def build_smollm2(folder: str | Path, packed: bool = mx.metal.is_available()) -> str:
     """Return the folder of SmolLM2 135M Instruct, a real chat model, which is built once.
 
-    Raises `FileNotFoundError` if the model can't be had, and `SystemExit` if the disk is full.
+    Its matrices stay packed or become 32-bit numbers: on a CPU MLX takes fifty times as long for
+    packed ones. Raises `FileNotFoundError` if the model can't be had, and `SystemExit` if the disk is full.
     """
 
     def build(unfinished: Path) -> None:
@@ -2858,10 +2884,9 @@ def build_smollm2(folder: str | Path) -> str:
         # How the file has packed the matrices.
         embeddings = {"group_size": 32, "bits": 8}
         quantization = {"group_size": 32, "bits": 4, "model.embed_tokens": embeddings}
-        if mx.metal.is_available():
+        if packed:
             config["quantization"] = quantization
         else:
-            # On a CPU MLX takes fifty times as long for packed matrices.
             weights = unpacked(weights, quantization)
         size = sum(weight.nbytes for weight in weights.values())
         size_mb = f"{size / 1e6:.0f} MB"
@@ -2875,6 +2900,103 @@ def build_smollm2(folder: str | Path) -> str:
 
     folder = Path(folder)
     return str(once(folder, build))
+
+
+# Two tokens whose log probabilities are closer than this are as good as equal.
+TIE = 0.002
+
+
+@pytest.fixture(scope="session")
+def smollm2(common):
+    try:
+        return build_smollm2(common / "SmolLM2-135M-Instruct")
+    except FileNotFoundError as reason:
+        pytest.skip(str(reason))
+
+
+def expect_fresh_words(folder: str, messages: list[dict]) -> None:
+    """Check that each reply is what mlx-lm alone says at temperature 0 to all that stands before it.
+
+    One pass over what the template makes of the whole conversation tells the likeliest token at every
+    place of it. That takes a third of the time of a fresh `stream_generate` for each turn.
+    """
+    from mlx_lm import load
+
+    network, tokenizer = load(folder)
+    tokens = encoded(tokenizer, messages)
+    logits = network(mx.array([tokens]))[0]
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for index in range(1, len(messages), 2):
+        reply = tokenizer.encode(messages[index]["content"], add_special_tokens=False)
+        if "finish_reason" not in messages[index]:
+            reply.append(tokenizer.eos_token_id)
+        start = len(encoded(tokenizer, messages[:index]))
+        assert tokens[start : start + len(reply)] == reply
+        for position, token in enumerate(reply, start):
+            before = logprobs[position - 1]
+            assert (before.max() - before[token]).item() < TIE, tokenizer.decode(tokens[: position + 1])
+
+
+@pytest.mark.slow
+def test_one_pass_tells_what_a_fresh_stream_generate_says_to_each_turn(smollm2) -> None:
+    from mlx_lm import load, stream_generate
+
+    network, tokenizer = load(smollm2)
+    messages = []
+    for prompt in ("What is the capital of France?", "And of Germany?", "Thank you!"):
+        messages.append({"role": "user", "content": prompt})
+        pieces = [*stream_generate(network, tokenizer, encoded(tokenizer, messages), max_tokens=30)]
+        reply = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
+        if pieces[-1].finish_reason == "length":
+            reply["finish_reason"] = "length"
+        messages.append(reply)
+    expect_fresh_words(smollm2, messages)
+    messages[-1]["content"] = "You are Paris."
+    with pytest.raises(AssertionError):
+        expect_fresh_words(smollm2, messages)
+
+
+def test_a_real_model_says_in_each_of_five_turns_what_mlx_lm_says(smollm2, chat, home) -> None:
+    prompts = ["What is the capital of France?", "And of Germany?", "Name two colors.", "Hi!", "Bye!"]
+    flags = ["--temperature", "0", "--max-tokens", "9", "--session", "talk"]
+    done = chat(smollm2, *flags, stdin="\n".join([*prompts, "quit\n"]), timeout_s=600)
+    first_turn = "\nprompt -> What is the capital of France?\nThe capital of France is Paris.\n"
+    assert done.out.startswith(START.format(model=smollm2) + first_turn)
+    assert done.out.endswith("\nprompt -> quit\nGoodbye!\n")
+    assert contents(home / "talk")[::2] == prompts
+    expect_fresh_words(smollm2, reread(home / "talk"))
+
+
+def test_a_real_model_goes_on_rightly_after_retry_and_undo_and_later(smollm2, chat, home) -> None:
+    flags = [smollm2, "--temperature", "0", "--max-tokens", "5", "--session", "talk"]
+    chat(*flags, stdin="Name two colors.\n/retry\nHi!\n/undo\n", timeout_s=600)
+    chat(*flags, stdin="And two more?\n", timeout_s=600)
+    assert contents(home / "talk")[::2] == ["Name two colors.", "And two more?"]
+    expect_fresh_words(smollm2, reread(home / "talk"))
+
+
+def test_a_real_model_reads_a_document_and_goes_on_where_it_was_stopped(smollm2, terminal, home) -> None:
+    (home / "notes.txt").write_text("The meeting is on Friday at noon.\n")
+    screen = terminal(smollm2, "--temperature", "0", "--max-tokens", "12", "--session", "talk", "--file", "notes.txt")
+    screen.send("What is this? Explain it in detail.\r", "is a")
+    screen.send(CTRL_C, "Stopped; /continue goes on.\n*prompt -> ")
+    screen.send("/continue\r", "/continue\n*\nprompt -> ")
+    assert screen.leave(CTRL_D) == 0
+    assert "The meeting is on Friday at noon." in contents(home / "talk")[0]
+    expect_fresh_words(smollm2, reread(home / "talk"))
+
+
+@pytest.mark.slow
+def test_a_real_model_stays_packed_where_metal_is(smollm2, common) -> None:
+    from mlx_lm import load
+
+    packed, unpacked = (load(folder)[0] for folder in (build_smollm2(common / "packed", packed=True), smollm2))
+    numbers = dict(tree_flatten(unpacked.parameters()))
+    layers = {name: layer for name, layer in packed.named_modules() if hasattr(layer, "scales")}
+    assert len(layers) == 1 + 30 * 7
+    for name, layer in layers.items():
+        unpacked_weight = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+        assert mx.allclose(unpacked_weight, numbers[f"{name}.weight"], atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------- Benchmarks
