@@ -432,7 +432,9 @@ def home(tmp_path):
 @pytest.fixture
 def environment(home, common):
     """A machine with an empty home: no configuration, no history, no hub cache, no network."""
-    kept = {key: os.environ[key] for key in ("PATH", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
+    # The last three may choose the library that MLX multiplies matrices with.
+    names = ("PATH", "LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "OPENBLAS_NUM_THREADS")
+    kept = {key: os.environ[key] for key in names if key in os.environ}
     mine = {"HOME": str(home), "TERM": "xterm", "PYTHONPATH": str(HERE), "PYTHONPYCACHEPREFIX": str(common / "pycache")}
     return {**kept, **mine, "HF_HUB_OFFLINE": "1"}
 
