@@ -47,7 +47,10 @@ import signal
 import sys
 
 # Ctrl+C while the rest is imported ends the program quietly; `main` takes the signals over.
-if "chat" in os.path.basename(sys.argv[0]) and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+if (
+    "chat" in os.path.basename(sys.argv[0])
+    and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -103,35 +106,67 @@ class ChatError(Exception):
 
     def __init__(self, sentence: str, status: int = 1) -> None:
         super().__init__(sentence)
-        # What `main` is to return if nothing catches this: 1, or 2 for wrong usage or configuration.
+        # The exit status of the program if this ends it: 1, or 2 for wrong usage or configuration.
         self.status = status
 
 
 class EngineError(ChatError):
-    """The engine failed. Among several hosts nobody knows then how far the others have come: the chat ends."""
+    """The engine failed. With several hosts this ends the chat, because their caches may differ now."""
 
 
-def shortened(text: str, most: int = 300) -> str:
-    """Put a foreign text on one line, and cut it where nobody would read on."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
+def shorten(text: str, limit: int = 300) -> str:
+    """Return a text on one line, cut to so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def one_line(error: BaseException) -> str:
-    """Return a foreign error's words on one short line without a full stop, never empty."""
-    return shortened(str(getattr(error, "strerror", None) or error)).rstrip(".") or type(error).__name__
+def error_text(error: BaseException) -> str:
+    """Return an error's own text on one short line without a full stop, or its type if it has none."""
+    try:
+        text = str(getattr(error, "strerror", None) or error)
+    except Exception:
+        # An error of a library may fail to describe itself, for instance if it is nested too deep.
+        text = ""
+    return shorten(text).rstrip(".") or type(error).__name__
 
 
 @contextlib.contextmanager
-def foreign(sentence: str | Callable[..., str], kind: type[ChatError] = ChatError, status: int = 1) -> Iterator[None]:
-    """Turn an error of foreign code into a `ChatError`: `sentence` of it, or with its words in place of `{}`."""
+def explain_errors(
+    what: str,
+    advice: str,
+    *expected: type[BaseException],
+    error_type: type[ChatError] = ChatError,
+    status: int = 1,
+) -> Iterator[None]:
+    """Turn an error of one of the expected types into a `ChatError`: "what: its own text. advice".
+
+    Any other error is a bug of this program and keeps its traceback.
+    """
+    try:
+        yield
+    except ChatError:
+        raise
+    except expected as error:
+        sentence = f"{what}: {error_text(error)}. {advice}"
+        raise error_type(sentence.rstrip(), status) from error
+
+
+@contextlib.contextmanager
+def foreign(
+    sentence: str | Callable[..., str], kind: type[ChatError] = ChatError, status: int = 1
+) -> Iterator[None]:
+    """Turn an error of foreign code into a `ChatError`; `explain_errors` is to replace this."""
     try:
         yield
     except (ChatError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     # A panic of a Rust library is no `Exception`.
     except BaseException as error:
-        said = sentence.replace("{}", one_line(error)) if isinstance(sentence, str) else sentence(error)
+        said = (
+            sentence.replace("{}", error_text(error))
+            if isinstance(sentence, str)
+            else sentence(error)
+        )
         raise kind(said, status) from error
 
 
@@ -145,11 +180,15 @@ FLAG, FILE, CHAT = "on the command line", "before the chat", "anywhere"
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return a question that names the name most like a mistyped word, or nothing."""
-    near = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 1)
+    near = [name for name in names if name.startswith(word)] or difflib.get_close_matches(
+        word, names, 1
+    )
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def number(convert: Callable[[str], Any], low: float, high: float = sys.float_info.max) -> Callable[[str], Any]:
+def number_parser(
+    convert: Callable[[str], Any], low: float, high: float = sys.float_info.max
+) -> Callable[[str], Any]:
     """Return a parser of one number in [low, high]; it raises `ArgumentTypeError` with the range."""
     kind = "a whole number" if convert is int else "a number"
     bounds = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
@@ -159,40 +198,49 @@ def number(convert: Callable[[str], Any], low: float, high: float = sys.float_in
         with contextlib.suppress(ValueError):
             if low <= (value := convert(text)) <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"must be {kind} {bounds}, not '{shortened(text, 40)}'")
+        raise argparse.ArgumentTypeError(f"must be {kind} {bounds}, not '{shorten(text, 40)}'")
 
     return parse
 
 
-def switch(text: str, others: str = "") -> bool:
+def parse_bool(text: str, others: str = "") -> bool:
     """Parse a yes or no as a config file or `/set` says it; the error also names the `others` that may stand there."""
     if text.lower() in ("true", "yes", "on", "1"):
         return True
     if text.lower() in ("false", "no", "off", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"must be {others}true or false, not '{shortened(text, 40)}'")
+    raise argparse.ArgumentTypeError(f"must be {others}true or false, not '{shorten(text, 40)}'")
 
 
-def effort(text: str) -> bool | str:
+def parse_effort(text: str) -> bool | str:
     """Parse a yes or no, or how much to think."""
-    return text.lower() if text.lower() in ("low", "medium", "high") else switch(text, "low, medium, high, ")
+    return (
+        text.lower()
+        if text.lower() in ("low", "medium", "high")
+        else parse_bool(text, "low, medium, high, ")
+    )
 
 
-def unquoted(text: str) -> str:
+def strip_quotes(text: str) -> str:
     """Return a text without the quotes around it."""
     return re.sub(r"""^(["'])(.*)\1$""", r"\2", text)
 
 
-def shown_value(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a parameter's value as a config file would say it."""
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def option(
-    default: Any, parse: Callable[[str], Any], metavar: str | None, help: str, scope: str = CHAT, *flags: str
+    default: Any,
+    parse: Callable[[str], Any],
+    metavar: str | None,
+    help: str,
+    scope: str = CHAT,
+    *flags: str,
 ) -> Any:
     """Declare a parameter as flags, config files and `/set` know it."""
-    help += f" (default {default})" if default and parse is not switch else ""
+    help += f" (default {default})" if default and parse is not parse_bool else ""
     about = SimpleNamespace(parse=parse, metavar=metavar, help=help, scope=scope, flags=flags)
     return dataclasses.field(default=default, metadata={"option": about})
 
@@ -202,36 +250,89 @@ class Settings:
     """Every parameter of the program. A field's name is its key, with `-` for `_`."""
 
     model: str | None = option(None, str, "MODEL", "a Hugging Face repository or a folder", FILE)
-    prompt: str | None = option(None, str, "TEXT", "print the reply to TEXT, after piped input; - is that", FLAG, "-p")
+    prompt: str | None = option(
+        None, str, "TEXT", "print the reply to TEXT, after piped input; - is that", FLAG, "-p"
+    )
     system: str | None = option(None, str, "TEXT", "the system prompt")
-    max_tokens: int = option(512, number(int, 1), "N", "the longest answer, in tokens")
-    temperature: float = option(0.7, number(float, 0, 10), "T", "how freely words are chosen; 0 takes the likeliest")
-    top_p: float = option(0.9, number(float, 0, 1), "P", "choose among the likeliest with this total; 0 or 1 is off")
-    top_k: int = option(0, number(int, 0), "K", "choose among the K likeliest tokens; 0 is off")
-    min_p: float = option(0.0, number(float, 0, 1), "P", "leave out what is less likely than P times the likeliest")
-    repetition_penalty: float = option(1.0, number(float, 0.01, 10), "X", "penalize the last 20 tokens; 1 is off")
-    seed: int | None = option(None, number(int, 0, 2**32 - 1), "N", "make replies repeatable")
-    history: bool = option(True, switch, None, "send the turns before a prompt with it", FILE)
-    think: bool | str | None = option(None, effort, "low|medium|high", "have a reasoning model think, and how much")
-    max_thought_tokens: int = option(8192, number(int, 0), "N", "the longest thought, in tokens; 0 is no limit")
-    hide_thoughts: bool = option(False, switch, None, "show that a reasoning model thinks, not what")
-    recommended: bool = option(False, switch, None, "sample as the model's author recommends", FILE)
-    plain: bool = option(False, switch, None, "show Markdown without colours")
-    stats: bool = option(False, switch, None, "show time, tokens and cache use after each reply")
-    file: tuple[str, ...] = option((), str, "PATH", "put a file before the first prompt; can be given again", FLAG)
-    session: str | None = option(None, str, "FILE", "go on with the conversation in FILE, and keep it there", FLAG)
-    resume: bool = option(False, switch, None, "go on with the last conversation, of MODEL if it is named", FLAG, "-c")
-    keep: bool = option(True, switch, None, "keep every conversation in ~/.llmchat", FILE)
-    keep_state: bool = option(False, switch, None, "keep what the engine has read beside the conversation", FILE)
-    adapter: str | None = option(None, str, "FOLDER", "a LoRA adapter to load on top of the model", FILE)
-    revision: str | None = option(None, str, "NAME", "the branch, tag or commit of the repository", FILE)
-    trust_remote_code: bool = option(False, switch, None, "run code that the model repository brings along", FLAG)
-    force: bool = option(False, switch, None, "load a model that seems too large, or not made for talking", FILE)
+    max_tokens: int = option(512, number_parser(int, 1), "N", "the longest answer, in tokens")
+    temperature: float = option(
+        0.7, number_parser(float, 0, 10), "T", "how freely words are chosen; 0 takes the likeliest"
+    )
+    top_p: float = option(
+        0.9,
+        number_parser(float, 0, 1),
+        "P",
+        "choose among the likeliest with this total; 0 or 1 is off",
+    )
+    top_k: int = option(
+        0, number_parser(int, 0), "K", "choose among the K likeliest tokens; 0 is off"
+    )
+    min_p: float = option(
+        0.0,
+        number_parser(float, 0, 1),
+        "P",
+        "leave out what is less likely than P times the likeliest",
+    )
+    repetition_penalty: float = option(
+        1.0, number_parser(float, 0.01, 10), "X", "penalize the last 20 tokens; 1 is off"
+    )
+    seed: int | None = option(
+        None, number_parser(int, 0, 2**32 - 1), "N", "make replies repeatable"
+    )
+    history: bool = option(True, parse_bool, None, "send the turns before a prompt with it", FILE)
+    think: bool | str | None = option(
+        None, parse_effort, "low|medium|high", "have a reasoning model think, and how much"
+    )
+    max_thought_tokens: int = option(
+        8192, number_parser(int, 0), "N", "the longest thought, in tokens; 0 is no limit"
+    )
+    hide_thoughts: bool = option(
+        False, parse_bool, None, "show that a reasoning model thinks, not what"
+    )
+    recommended: bool = option(
+        False, parse_bool, None, "sample as the model's author recommends", FILE
+    )
+    plain: bool = option(False, parse_bool, None, "show Markdown without colours")
+    stats: bool = option(
+        False, parse_bool, None, "show time, tokens and cache use after each reply"
+    )
+    file: tuple[str, ...] = option(
+        (), str, "PATH", "put a file before the first prompt; can be given again", FLAG
+    )
+    session: str | None = option(
+        None, str, "FILE", "go on with the conversation in FILE, and keep it there", FLAG
+    )
+    resume: bool = option(
+        False,
+        parse_bool,
+        None,
+        "go on with the last conversation, of MODEL if it is named",
+        FLAG,
+        "-c",
+    )
+    keep: bool = option(True, parse_bool, None, "keep every conversation in ~/.llmchat", FILE)
+    keep_state: bool = option(
+        False, parse_bool, None, "keep what the engine has read beside the conversation", FILE
+    )
+    adapter: str | None = option(
+        None, str, "FOLDER", "a LoRA adapter to load on top of the model", FILE
+    )
+    revision: str | None = option(
+        None, str, "NAME", "the branch, tag or commit of the repository", FILE
+    )
+    trust_remote_code: bool = option(
+        False, parse_bool, None, "run code that the model repository brings along", FLAG
+    )
+    force: bool = option(
+        False, parse_bool, None, "load a model that seems too large, or not made for talking", FILE
+    )
 
     # Where each value that is not a default came from: a file, "flag" or "here".
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def change(self, key: str, text: str, source: str, scopes: Collection[str] = (FILE, CHAT)) -> str:
+    def set_from_text(
+        self, key: str, text: str, source: str, scopes: Collection[str] = (FILE, CHAT)
+    ) -> str:
         """Take `key = text` as a config file or `/set` says it; return the field's name. Raises `ArgumentTypeError`."""
         name, negated = KEYS.get(key.lower().replace("_", "-"), ("", False))
         if not name:
@@ -249,20 +350,26 @@ class Settings:
         self.sources[name] = source
         return name
 
-    def recommend(self, file: Path) -> str:
+    def apply_recommended(self, file: Path) -> str:
         """Take a `generation_config.json` where the user said nothing; say what is new. Raises `ChatError`."""
         with foreign(f"{file} can't be read: {{}}. Leave out --recommended."):
             config = json.loads(file.read_bytes())
-            advice = {name: config.get(name) for name in RECOMMENDABLE}
+            advice = {name: config.get(name) for name in SAMPLING_SETTINGS}
             advice.update({"temperature": 0} if config.get("do_sample") is False else {})
-        new = [name for name in advice if name not in self.sources and advice[name] not in (None, getattr(self, name))]
+        new = [
+            name
+            for name in advice
+            if name not in self.sources and advice[name] not in (None, getattr(self, name))
+        ]
         for name in new:
             with foreign(f"{name} of {file.name} {{}}: leave out --recommended."):
-                self.change(name, str(advice[name]), file.name)
-        words = ", ".join(f"{name.replace('_', '-')} {shown_value(getattr(self, name))}" for name in new)
+                self.set_from_text(name, str(advice[name]), file.name)
+        words = ", ".join(
+            f"{name.replace('_', '-')} {format_value(getattr(self, name))}" for name in new
+        )
         return f"Recommended for this model: {words}." * bool(new)
 
-    def read(self, path: Path) -> None:
+    def load_file(self, path: Path) -> None:
         """Take in a file of `key = value` lines, if it is there. Raises `ChatError` naming file and line."""
         with foreign(f"{path} could not be read: {{}}. Mend or remove it.", status=2):
             lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
@@ -274,19 +381,27 @@ class Settings:
                 if text and not (key and equals):
                     raise argparse.ArgumentTypeError("is not of the form 'key = value'")
                 if text:
-                    self.change(key, unquoted(value), str(path))
+                    self.set_from_text(key, strip_quotes(value), str(path))
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages after the system prompt, if there is one."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
 
-OPTIONS = {field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata}
+OPTIONS = {
+    field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata
+}
 # The parameters that a model's author may recommend.
-RECOMMENDABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # The field that each key sets, and whether the key turns a switch round.
 KEYS = {name.replace("_", "-"): (name, False) for name in OPTIONS}
-KEYS.update({f"no-{key}": (name, True) for key, (name, _) in KEYS.items() if OPTIONS[name].parse in (switch, effort)})
+KEYS.update(
+    {
+        f"no-{key}": (name, True)
+        for key, (name, _) in KEYS.items()
+        if OPTIONS[name].parse in (parse_bool, parse_effort)
+    }
+)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -303,7 +418,7 @@ def argument_parser() -> argparse.ArgumentParser:
         flag = name if name == "model" else f"--{name.replace('_', '-')}"
         more: Any = {"model": {"nargs": "?"}, "file": {"action": "append"}}.get(name, {})
         valued = {"type": about.parse, "metavar": about.metavar, **more}
-        how = {"action": argparse.BooleanOptionalAction} if about.parse is switch else valued
+        how = {"action": argparse.BooleanOptionalAction} if about.parse is parse_bool else valued
         parser.add_argument(*about.flags, flag, help=about.help, **how)
     parser.add_argument("--no-think", dest="think", action="store_false", help="have it not think")
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
@@ -315,15 +430,23 @@ def read_flags(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argument_parser()
     words = [*(sys.argv[1:] if argv is None else argv), ""]
     # How much to think is optional, and the model may follow.
-    plain = [n for n, word in enumerate(words) if word == "--think" and words[n + 1] not in ("low", "medium", "high")]
-    namespace, rest = parser.parse_known_args([word + "=true" * (n in plain) for n, word in enumerate(words)][:-1])
+    plain = [
+        n
+        for n, word in enumerate(words)
+        if word == "--think" and words[n + 1] not in ("low", "medium", "high")
+    ]
+    namespace, rest = parser.parse_known_args(
+        [word + "=true" * (n in plain) for n, word in enumerate(words)][:-1]
+    )
     known = ["--help", "--version", *(f"--{key}" for key in KEYS if key != "model")]
-    for flag in (shortened(word.partition("=")[0], 40) for word in rest if word.startswith("-")):
+    for flag in (shorten(word.partition("=")[0], 40) for word in rest if word.startswith("-")):
         if flag == "--model":
             parser.error("the model is named without a flag: llmchat MODEL")
-        parser.error(f"there is no flag {flag}{did_you_mean(flag, known) if flag.strip('-') else ''}")
+        parser.error(
+            f"there is no flag {flag}{did_you_mean(flag, known) if flag.strip('-') else ''}"
+        )
     if rest:
-        model, prompt = shortened(str(namespace.model), 80), shortened(rest[0], 40)
+        model, prompt = shorten(str(namespace.model), 80), shorten(rest[0], 40)
         parser.error(f"a prompt goes after -p: llmchat {model} -p {prompt!r}")
     return vars(namespace)
 
@@ -333,7 +456,7 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
     flags = read_flags(argv)
     settings = Settings()
     for path in (Path(os.path.expanduser("~")) / CONFIG_FILE, Path(CONFIG_FILE)):
-        settings.read(path)
+        settings.load_file(path)
     vars(settings).update(flags)
     settings.sources.update(dict.fromkeys(flags, "flag"))
     return settings
@@ -359,7 +482,7 @@ class Hosts:
         self.rank: int = group.rank() if group else 0
         self.size: int = group.size() if group else 1
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value, which JSON can hold, on every host. Raises `EngineError` if another host is gone."""
         if self.size == 1:
             return value
@@ -369,7 +492,9 @@ class Hosts:
         all_sum: Any = functools.partial(mx.distributed.all_sum, group=self._group)
         data = json.dumps(value).encode() if self.rank == 0 else b""
         # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
-        with foreign("Another host is gone, so the chat can't go on: {}.", EngineError), mx.stream(generation_stream):
+        with foreign("Another host is gone, so the chat can't go on: {}.", EngineError), mx.stream(
+            generation_stream
+        ):
             length = int(all_sum(mx.array(len(data))).item())
             # One host gives bytes, the others as many zeros; MLX takes a list of them, byte by byte, 500 times as long.
             buffer: Any = bytearray(data or length)
@@ -395,7 +520,9 @@ def join_hosts() -> Hosts:
 
     # A host whose neighbour is gone may wait for it for ever: without the launcher none goes on.
     threading.Thread(target=watch, daemon=True).start()
-    with foreign("The hosts that mlx.launch started can't be joined: {}. On one Mac, leave mlx.launch out."):
+    with foreign(
+        "The hosts that mlx.launch started can't be joined: {}. On one Mac, leave mlx.launch out."
+    ):
         return Hosts(mx.distributed.init(strict=True))
 
 
@@ -404,15 +531,25 @@ def join_hosts() -> Hosts:
 
 # The weights that mlx-lm loads, and the files that its own `load` would download with them.
 WEIGHTS = "model*.safetensors"
-NEEDED = (WEIGHTS, "*.json", "*.py", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.tiktoken", "tiktoken.model")
+NEEDED = (
+    WEIGHTS,
+    "*.json",
+    "*.py",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+)
 # As far as a name can be that of a repository; the hub has rules of its own.
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 GIB = 1 << 30
-OTHER_DISK = "Make room for it, or set HF_HOME to a folder on another disk."
-KEPT = "Every finished file is kept; run the same command again to fetch the rest."
+DISK_HINT = "Make room for it, or set HF_HOME to a folder on another disk."
+RETRY_HINT = "Every finished file is kept; run the same command again to fetch the rest."
 
 
-def library(name: str) -> Any:
+def import_library(name: str) -> Any:
     """Return a library's module, which is imported only now. Raises `ChatError`."""
     with foreign(
         "The libraries can't be loaded: {}. Look at the variables HF_... and MLX..., at ulimit -n (mlx-lm needs 4096),"
@@ -425,10 +562,10 @@ def hub_cache() -> Path:
     """Return the folder in which huggingface-hub keeps models."""
     # One line of ours tells how far a download is.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return Path(library("huggingface_hub.constants").HF_HUB_CACHE)
+    return Path(import_library("huggingface_hub.constants").HF_HUB_CACHE)
 
 
-def snapshot(name: str, revision: str | None) -> Path:
+def hub_snapshot_folder(name: str, revision: str | None) -> Path:
     """Return the folder that a repository has, or would have, in the hub cache; the hub's slow half isn't imported."""
     repository = hub_cache() / ("models--" + name.replace("/", "--"))
     commit = revision or "main"
@@ -444,27 +581,40 @@ def missing_files(folder: Path) -> list[str]:
     """
     weights: Iterable[str] = [file.name for file in folder.glob(WEIGHTS)] or ["model.safetensors"]
     with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
-        weights = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"].values()
+        weights = json.loads((folder / "model.safetensors.index.json").read_bytes())[
+            "weight_map"
+        ].values()
     needed = ("config.json", "tokenizer_config.json", *sorted({*weights}))
     return [name for name in needed if not (folder / name).exists()]
 
 
 def cached_models() -> list[str]:
     """Return the names of repositories in the hub cache that can be started without a download."""
-    names = (entry.name[len("models--") :].replace("--", "/") for entry in sorted(hub_cache().glob("models--*")))
-    return [name for name in names if not missing_files(snapshot(name, None))]
+    names = (
+        entry.name[len("models--") :].replace("--", "/")
+        for entry in sorted(hub_cache().glob("models--*"))
+    )
+    return [name for name in names if not missing_files(hub_snapshot_folder(name, None))]
 
 
-def full_name(name: str) -> str:
+def resolve_model_name(name: str) -> str:
     """Return the repository that a name means: without the hub's address, with the case and owner of a cached one."""
-    name = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/(models/)?([^/]+/[^/?#]+).*", r"\5", name)
-    if not REPOSITORY.fullmatch(name) or Path(name).exists() or not missing_files(snapshot(name, None)):
+    name = re.sub(
+        r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/(models/)?([^/]+/[^/?#]+).*", r"\5", name
+    )
+    if (
+        not REPOSITORY.fullmatch(name)
+        or Path(name).exists()
+        or not missing_files(hub_snapshot_folder(name, None))
+    ):
         return name
-    meant = [cached for cached in cached_models() if f"/{cached}".lower().endswith(f"/{name}".lower())]
+    meant = [
+        cached for cached in cached_models() if f"/{cached}".lower().endswith(f"/{name}".lower())
+    ]
     return meant[0] if len(meant) == 1 else name
 
 
-def read_ahead(files: Sequence[Path]) -> list[int]:
+def preload_weights(files: Sequence[Path]) -> list[int]:
     """Have files read into the page cache by another thread; return a list that grows by the bytes of each part."""
     read: list[int] = []
 
@@ -480,7 +630,7 @@ def read_ahead(files: Sequence[Path]) -> list[int]:
 
 
 # The sentences for huggingface-hub's errors, by class or else by HTTP status; hundreds stand for all of a kind.
-HUB_FAILURES: dict[str | int, str] = {
+HUB_MESSAGES: dict[str | int, str] = {
     "GatedRepoError": "{name} is gated: ask for access at {hub}/{name}, then log in with 'hf auth login'.",
     "RepositoryNotFoundError": "There is no model {name} at {hub}, or it is private: check the name at {hub}/{name},"
     " or log in with 'hf auth login'.",
@@ -492,47 +642,57 @@ HUB_FAILURES: dict[str | int, str] = {
     " browser.",
     401: "{hub} does not accept the token that is in use: log in again with 'hf auth login', or unset HF_TOKEN.",
     403: "{hub} refuses to hand out {name}: ask for access at {hub}/{name}, then log in with 'hf auth login'.",
-    429: f"{{hub}} takes no more requests from here for now: wait some minutes, or log in with 'hf auth login'. {KEPT}",
-    500: f"{{hub}} has a problem of its own (status {{status}}), so {{what}} could not be fetched: try later. {KEPT}",
+    429: f"{{hub}} takes no more requests from here for now: wait some minutes, or log in with 'hf auth login'. {RETRY_HINT}",
+    500: f"{{hub}} has a problem of its own (status {{status}}), so {{what}} could not be fetched: try later. {RETRY_HINT}",
 }
 
 
-def reason(error: BaseException) -> str:
+def root_cause_text(error: BaseException) -> str:
     """Return the system's own words for an error, which libraries wrap in layers of theirs, also "from None"."""
-    if (isinstance(error, OSError) and error.strerror) or not (inner := error.__cause__ or error.__context__):
-        return one_line(error)
-    return reason(inner)
+    if (isinstance(error, OSError) and error.strerror) or not (
+        inner := error.__cause__ or error.__context__
+    ):
+        return error_text(error)
+    return root_cause_text(inner)
 
 
-def hub_failure(name: str, revision: str | None, error: BaseException) -> str:
+def hub_error_message(name: str, revision: str | None, error: BaseException) -> str:
     """Return the sentence for an error in a download."""
     from huggingface_hub import constants, errors
 
     # The client says that the file is not in the cache either; the reason that it was not fetched is within.
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
-    hub, folder = constants.ENDPOINT, snapshot(name, revision)
-    what = f"{missing_files(folder)[0]} of {name}" if folder.exists() and missing_files(folder) else name
+    hub, folder = constants.ENDPOINT, hub_snapshot_folder(name, revision)
+    what = (
+        f"{missing_files(folder)[0]} of {name}"
+        if folder.exists() and missing_files(folder)
+        else name
+    )
     if isinstance(error, errors.RepositoryNotFoundError):
         cached = did_you_mean(name, cached_models())
         if cached or "/" not in name:
             return f"There is no model {name} at {hub}{cached or f'; did you mean mlx-community/{name}?'}"
     status = getattr(getattr(error, "response", None), "status_code", 0)
     for key in [*(kind.__name__ for kind in type(error).__mro__), status, status // 100 * 100]:
-        if key in HUB_FAILURES:
-            return HUB_FAILURES[key].format(name=name, hub=hub, revision=revision, what=what, status=status)
+        if key in HUB_MESSAGES:
+            return HUB_MESSAGES[key].format(
+                name=name, hub=hub, revision=revision, what=what, status=status
+            )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"The disk is too full for {what}. {OTHER_DISK} {KEPT}"
+        return f"The disk is too full for {what}. {DISK_HINT} {RETRY_HINT}"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename} can't be used ({reason(error)}): set HF_HOME to a folder that you can write to."
-    return f"{what} could not be fetched from {hub}: {reason(error)}. Check the network. {KEPT}"
+        return f"{error.filename} can't be used ({root_cause_text(error)}): set HF_HOME to a folder that you can write to."
+    return f"{what} could not be fetched from {hub}: {root_cause_text(error)}. Check the network. {RETRY_HINT}"
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Keep the libraries' chatter off the screen, and their questions (may this code run?) from the user."""
     logging.disable(logging.ERROR)
-    with open(os.devnull, "r+") as nothing, contextlib.redirect_stdout(nothing), warnings.catch_warnings():
+    with open(os.devnull, "r+") as nothing, contextlib.redirect_stdout(
+        nothing
+    ), warnings.catch_warnings():
         stdin, sys.stdin = sys.stdin, nothing
         warnings.simplefilter("ignore")
         try:
@@ -546,29 +706,21 @@ def quiet() -> Iterator[None]:
 
 
 # More than fits any model, of one prompt.
-MOST_CHARACTERS = 1 << 24
+MAX_CHARACTERS = 1 << 24
 # Breaks up text that spells a special token; no character that Unicode will ever have
 # (https://www.unicode.org/faq/private_use.html#nonchar4).
-BREAK = "\ufdd0"
+TOKEN_BREAK = "\ufdd0"
 
 
-@dataclasses.dataclass
-class Model:
-    """A loaded model: the network, its tokenizer, the most tokens that it takes, and the hosts that hold it."""
+class ChatTemplate:
+    """Turns messages into the text and the tokens that a model is fed, by its own chat template."""
 
-    name: str
-    net: Any
-    tokenizer: Any
-    context_length: int | None
-    hosts: Hosts
-    # What was taken of the author's recommendations, in a sentence.
-    recommended: str
-    # All that a state which was computed with this model depends on.
-    fingerprint: str
-    # What the state of a conversation may take of the memory, on each host; None is no bound.
-    memory_bytes: int | None
-    # The marks around its thoughts, once they are known: structure too, also where they are no tokens.
-    marks: Sequence[str] = ()
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        """`name` is the model's name, for messages; `tokenizer` is mlx-lm's wrapper of its tokenizer."""
+        self.name = name
+        self.tokenizer = tokenizer
+        # The marks around its thoughts, once they are known: structure too, also where they are no tokens.
+        self.marks: Sequence[str] = ()
 
     @property
     def _function(self) -> Any:
@@ -576,7 +728,7 @@ class Model:
         return getattr(self.tokenizer, "_chat_template", None)
 
     @property
-    def template(self) -> str:
+    def source(self) -> str:
         """The chat template's source."""
         module = inspect.getmodule(self._function) if self._function else None
         return inspect.getsource(module) if module else str(self.tokenizer.chat_template)
@@ -592,62 +744,129 @@ class Model:
         # The lexer knows no tags, so that those of transformers need no telling. What is wrong, rendering says.
         words = [""]
         with contextlib.suppress(jinja2.TemplateSyntaxError):
-            words += [word for _, kind, word in jinja2.Environment().lex(self.template) if kind != "whitespace"]
+            words += [
+                word
+                for _, kind, word in jinja2.Environment().lex(self.source)
+                if kind != "whitespace"
+            ]
         # No attribute, and nothing that is only given a value.
-        return {word for before, word, after in zip(words, words[1:], words[2:]) if before != "." and after != "="}
+        return {
+            word
+            for before, word, after in zip(words, words[1:], words[2:])
+            if before != "." and after != "="
+        }
 
-    def render(self, messages: Sequence[dict[str, Any]], prompted: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
         """Return the template's text for `messages`, if prompted up to where the reply starts. Raises `ChatError`."""
         # mlx-lm's wrapper tells every template to think; a user who said nothing gets the template's own
         # default, so the tokenizer inside is asked, unless mlx-lm brings the template along as a function.
-        tokenizer = self.tokenizer if self._function else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+        tokenizer = (
+            self.tokenizer
+            if self._function
+            else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+        )
         advice = "Leave out the system prompt, or take turns back with /undo."
-        with foreign(f"The chat template of {self.name} can't render this conversation: {{}}. {advice}"):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted, **variables)
-        if len(text) > MOST_CHARACTERS:
-            raise ChatError(f"The chat template of {self.name} makes {len(text)} characters of it. Shorten the prompt.")
+        with foreign(
+            f"The chat template of {self.name} can't render this conversation: {{}}. {advice}"
+        ):
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            )
+        if len(text) > MAX_CHARACTERS:
+            raise ChatError(
+                f"The chat template of {self.name} makes {len(text)} characters of it. Shorten the prompt."
+            )
         return str(text)
 
     @functools.cached_property
     def _structure(self) -> re.Pattern[str]:
         """The texts that may be a prompt's structure: special tokens, others that the template names, and marks."""
         tokens = self.tokenizer.added_tokens_decoder.values()
-        texts = {str(token) for token in tokens if token.special or str(token) in self.template}
-        ordered = sorted((text for text in texts.union(self.marks) if len(text.strip()) > 1), key=len, reverse=True)
+        texts = {str(token) for token in tokens if token.special or str(token) in self.source}
+        ordered = sorted(
+            (text for text in texts.union(self.marks) if len(text.strip()) > 1),
+            key=len,
+            reverse=True,
+        )
         return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
 
-    def as_text(self, content: str) -> str:
+    def escape_special_tokens(self, content: str) -> str:
         """Return a content broken up, so that neither template nor tokenizer takes a part of it for structure."""
-        return self._structure.sub(lambda token: token[0][0] + BREAK + token[0][1:], content.replace(BREAK, ""))
+        return self._structure.sub(
+            lambda token: token[0][0] + TOKEN_BREAK + token[0][1:], content.replace(TOKEN_BREAK, "")
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a rendered text, which brings its own BOS. Raises `ChatError`."""
         # A flag or a file may hold what is no text: half a surrogate pair, which no tokenizer takes.
-        parts = text.encode(errors="replace").decode().split(BREAK)
+        parts = text.encode(errors="replace").decode().split(TOKEN_BREAK)
         with foreign(f"The tokenizer of {self.name} fails: {{}}. Name another model."):
-            return [token for part in parts for token in self.tokenizer.encode(part, add_special_tokens=False)]
+            return [
+                token
+                for part in parts
+                for token in self.tokenizer.encode(part, add_special_tokens=False)
+            ]
 
 
-UNTRUSTED = "{} wants to run its own code: if you trust it, --trust-remote-code allows that."
+@dataclasses.dataclass
+class Model:
+    """A loaded model: the network, its chat template, the most tokens that it takes, and its hosts."""
+
+    name: str
+    network: Any
+    template: ChatTemplate
+    context_length: int | None
+    hosts: Hosts
+    # What was taken of the author's recommendations, in a sentence.
+    recommended: str
+    # All that a state which was computed with this model depends on.
+    fingerprint: str
+    # What the state of a conversation may take of the memory, on each host; None is no bound.
+    memory_bytes: int | None
+
+
+REMOTE_CODE_MESSAGE = (
+    "{} wants to run its own code: if you trust it, --trust-remote-code allows that."
+)
 # The formats of weights that MLX can't load, by the ending of their files.
-OTHER_FORMATS = {".gguf": "GGUF", ".bin": "PyTorch", ".pt": "PyTorch", ".pth": "PyTorch", ".onnx": "ONNX"}
+UNSUPPORTED_FORMATS = {
+    ".gguf": "GGUF",
+    ".bin": "PyTorch",
+    ".pt": "PyTorch",
+    ".pth": "PyTorch",
+    ".onnx": "ONNX",
+}
 # The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the like do talk.
-SILENT_ARCHITECTURE = re.compile(r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtraction$|For\w*Classification$")
+NON_CHAT_ARCHITECTURE = re.compile(
+    r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtraction$|For\w*Classification$"
+)
 # What configurations call the number of tokens that a model was made for, and its number of layers.
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 # From here on a wait tells how long it takes.
-PATIENT_S = 5
+SHOW_RATE_AFTER_S = 5
 
 
-def first_size(config: dict[str, Any], keys: Sequence[str]) -> int | None:
+def first_positive_int(config: dict[str, Any], keys: Sequence[str]) -> int | None:
     """Return the first of these sizes that a configuration tells, or None."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     sizes = (part.get(key) for part in parts for key in keys)
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
-def sizes_in(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
     """Return the bytes of all files in a folder, also of those that are still coming."""
     with contextlib.suppress(OSError):
         return sum(entry.stat().st_size for entry in os.scandir(folder))
@@ -663,27 +882,36 @@ class Loader:
         self._folder = Path(os.path.expanduser(self._name))
         self._in_hub = not (self._name and os.path.isdir(self._folder))
         if self._in_hub and (not REPOSITORY.fullmatch(self._name) or self._folder.exists()):
-            name = shortened(self._name)
-            raise ChatError(f"'{name}' is neither a model folder nor a repository's name, such as {EXAMPLE_MODEL}.")
+            name = shorten(self._name)
+            raise ChatError(
+                f"'{name}' is neither a model folder nor a repository's name, such as {EXAMPLE_MODEL}."
+            )
         if settings.revision and not self._in_hub:
-            raise ChatError(f"{self._name} is a folder, which has no revisions: leave out --revision.")
+            raise ChatError(
+                f"{self._name} is a folder, which has no revisions: leave out --revision."
+            )
         self._begin("looking for it")
 
     def progress(self) -> str:
         """Return what is going on, in words, for as long as `load` takes; another thread may ask."""
         spent_s, done, total = time.monotonic() - self._since_s, self._done(), self._total
         if not total:
-            return f"{self._doing}{f': {spent_s:.0f} s' * (spent_s > PATIENT_S)}"
+            return f"{self._doing}{f': {spent_s:.0f} s' * (spent_s > SHOW_RATE_AFTER_S)}"
         line = f"{self._doing}: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
-        if self._doing == "loading" or not done or spent_s < PATIENT_S:
+        if self._doing == "loading" or not done or spent_s < SHOW_RATE_AFTER_S:
             return line
         left_s = max(0, round((total - done) * spent_s / done))
         return f"{line} · {done / spent_s / 1e6:.1f} MB/s · {left_s // 60}:{left_s % 60:02} left"
 
     def _begin(self, doing: str, total_bytes: int = 0, done: Callable[[], int] = lambda: 0) -> None:
-        self._doing, self._done, self._total, self._since_s = doing, done, total_bytes, time.monotonic()
+        self._doing, self._done, self._total, self._since_s = (
+            doing,
+            done,
+            total_bytes,
+            time.monotonic(),
+        )
 
-    @quiet()
+    @silence_libraries()
     def load(self) -> Model:
         """Return the model, from its folder, from the hub cache, or downloaded."""
         if self._in_hub:
@@ -691,25 +919,39 @@ class Loader:
         if not os.path.isdir(os.environ.get("TMPDIR", "/")):
             raise ChatError("TMPDIR names no folder, and MLX needs one: make it, or unset TMPDIR.")
         weights = sorted(self._folder.glob(WEIGHTS))
-        read = read_ahead(weights)
+        read = preload_weights(weights)
         self._begin("loading", done=lambda: sum(read))
         config = self._check_folder(weights)
         net, tokenizer = self._load_engine()
         if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
             advice = f"name its instruct-tuned sibling, or try {EXAMPLE_MODEL}."
-            raise ChatError(f"{self._name} has no chat template, so it can't hold a conversation: {advice}")
+            raise ChatError(
+                f"{self._name} has no chat template, so it can't hold a conversation: {advice}"
+            )
         room = None if self._settings.force else self._room
-        advice = self._settings.recommend(self._folder / "generation_config.json") if self._settings.recommended else ""
-        length, fingerprint = first_size(config, CONTEXT_KEYS), self._fingerprint()
-        return Model(self._name, net, tokenizer, length, self._hosts, advice, fingerprint, room)
+        advice = (
+            self._settings.apply_recommended(self._folder / "generation_config.json")
+            if self._settings.recommended
+            else ""
+        )
+        length, fingerprint = first_positive_int(config, CONTEXT_KEYS), self._fingerprint()
+        template = ChatTemplate(self._name, tokenizer)
+        return Model(self._name, net, template, length, self._hosts, advice, fingerprint, room)
 
     def _fingerprint(self) -> str:
         """Return the names, sizes and times of all files that shape the network, and mlx-lm's version."""
         # Of a model in the hub cache the path names the commit.
-        files = [file for pattern in (WEIGHTS, "*.json", "*.py") for file in self._folder.glob(pattern)]
+        files = [
+            file for pattern in (WEIGHTS, "*.json", "*.py") for file in self._folder.glob(pattern)
+        ]
         files += [*Path(self._settings.adapter).glob("adapter*")] if self._settings.adapter else []
         stats = [(str(file.absolute()), file.stat()) for file in sorted(files) if file.exists()]
-        return repr([library("mlx_lm").__version__, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
+        return repr(
+            [
+                import_library("mlx_lm").__version__,
+                [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+            ]
+        )
 
     def _broken(self, what: str) -> str:
         if self._in_hub:
@@ -718,19 +960,21 @@ class Loader:
 
     def _find_in_hub(self) -> None:
         name, revision = self._name, self._settings.revision
-        self._folder = snapshot(name, revision)
+        self._folder = hub_snapshot_folder(name, revision)
         try:
-            with foreign(functools.partial(hub_failure, name, revision)):
+            with foreign(functools.partial(hub_error_message, name, revision)):
                 if missing_files(self._folder):
                     self._download()
         except KeyboardInterrupt as error:
-            raise ChatError(f"The download of {name} was stopped. {KEPT}", 130) from error
+            raise ChatError(f"The download of {name} was stopped. {RETRY_HINT}", 130) from error
 
     def _download(self) -> None:
         """Fetch what is missing of the repository into the hub cache, once it is known to be of use."""
         from huggingface_hub import HfApi, constants, hf_hub_download
 
-        self._begin(f"asking {constants.ENDPOINT} for {self._name}; it is tried again until it answers")
+        self._begin(
+            f"asking {constants.ENDPOINT} for {self._name}; it is tried again until it answers"
+        )
         name, revision, timeout = self._name, self._settings.revision, constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -740,16 +984,18 @@ class Loader:
         self._check_config(sizes)
         self._check_memory(sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS)))
         wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
-        missing = sorted((file for file in wanted if not (self._folder / file).exists()), key=sizes.__getitem__)
+        missing = sorted(
+            (file for file in wanted if not (self._folder / file).exists()), key=sizes.__getitem__
+        )
         total, free = sum(map(sizes.__getitem__, missing)), shutil.disk_usage(self._folder).free
         if total > free:
             raise ChatError(
                 f"{name} does not fit on the disk: {total / GIB:.1f} GiB are still to be downloaded, where"
-                f" {hub_cache()} has {free / GIB:.1f} GiB free. {OTHER_DISK}"
+                f" {hub_cache()} has {free / GIB:.1f} GiB free. {DISK_HINT}"
             )
         blobs = self._folder.parent.parent / "blobs"
-        before = sizes_in(blobs)
-        self._begin("downloading", total, lambda: sizes_in(blobs) - before)
+        before = folder_bytes(blobs)
+        self._begin("downloading", total, lambda: folder_bytes(blobs) - before)
         # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C until
         # the files that its threads are at are done.
         for file in missing:
@@ -770,31 +1016,46 @@ class Loader:
             sentence = self._broken(f"{file.name} of {self._name} can't be loaded: {{}}")
             with foreign(sentence), safe_open(file, "np") as opened:
                 tensors += len(opened.keys())
-        if (layers := first_size(config, LAYER_KEYS) or 0) > tensors:
+        if (layers := first_positive_int(config, LAYER_KEYS) or 0) > tensors:
             raise ChatError(f"{self._name} claims to have {layers:.0e} layers: name another model.")
         adapter = self._settings.adapter
         if adapter and not Path(adapter, "adapters.safetensors").exists():
-            raise ChatError(f"There is no adapter in {adapter}: name a folder that holds an adapters.safetensors.")
+            raise ChatError(
+                f"There is no adapter in {adapter}: name a folder that holds an adapters.safetensors."
+            )
         self._check_sharing(config)
         return config
 
     def _check_names(self, files: Collection[str]) -> None:
-        formats = {OTHER_FORMATS[suffix] for suffix in {Path(file).suffix for file in files} & {*OTHER_FORMATS}}
+        formats = {
+            UNSUPPORTED_FORMATS[suffix]
+            for suffix in {Path(file).suffix for file in files} & {*UNSUPPORTED_FORMATS}
+        }
         if not fnmatch.filter(files, WEIGHTS):
-            held = f"holds its weights as {' and '.join(sorted(formats))} files" if formats else f"holds no {WEIGHTS}"
-            raise ChatError(f"{self._name} {held}, where MLX needs {WEIGHTS}: look for it at mlx-community.")
+            held = (
+                f"holds its weights as {' and '.join(sorted(formats))} files"
+                if formats
+                else f"holds no {WEIGHTS}"
+            )
+            raise ChatError(
+                f"{self._name} {held}, where MLX needs {WEIGHTS}: look for it at mlx-community."
+            )
         if "config.json" not in files:
-            raise ChatError(f"{self._name} has no config.json: name a model's folder, or a Hugging Face repository.")
+            raise ChatError(
+                f"{self._name} has no config.json: name a model's folder, or a Hugging Face repository."
+            )
 
     def _check_config(self, files: Collection[str]) -> dict[str, Any]:
         """Return the configuration of a model that mlx-lm knows, that talks, and that brings no code to run."""
-        name, mlx_lm = self._name, library("mlx_lm")
+        name, mlx_lm = self._name, import_library("mlx_lm")
         with foreign(self._broken(f"config.json of {name} can't be read: {{}}")):
             config: dict[str, Any] = json.loads((self._folder / "config.json").read_bytes())
             model_type, architectures = config.get("model_type"), config.get("architectures") or []
-            silent = all(map(SILENT_ARCHITECTURE.search, architectures)) and architectures
+            silent = all(map(NON_CHAT_ARCHITECTURE.search, architectures)) and architectures
         if not isinstance(model_type, str):
-            raise ChatError(f"config.json of {name} names no model_type, so mlx-lm can't load it. Name another model.")
+            raise ChatError(
+                f"config.json of {name} names no model_type, so mlx-lm can't load it. Name another model."
+            )
         if ("modules.json" in files or silent) and not self._settings.force:
             raise ChatError(
                 f"{name} is made for embeddings or labels, not for talking: name a chat model such as {EXAMPLE_MODEL},"
@@ -802,13 +1063,13 @@ class Loader:
             )
         # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
         if config.get("model_file") is not None and not self._settings.trust_remote_code:
-            raise ChatError(UNTRUSTED.format(name))
+            raise ChatError(REMOTE_CODE_MESSAGE.format(name))
         # The look-up of mlx-lm's own `load`, which follows its tables of other names. A version that has moved it
         # says the same a little later, when it loads.
         look_up = getattr(mlx_lm.utils, "_get_classes", lambda config: None)
         images = "; it is a model for images" * ("vision_config" in config)
         with foreign(
-            f"{name} is of type {shortened(model_type)}, which mlx-lm {mlx_lm.__version__} doesn't know{images}: update"
+            f"{name} is of type {shorten(model_type)}, which mlx-lm {mlx_lm.__version__} doesn't know{images}: update"
             " mlx-lm (the newest may need a newer Python), or name another model."
         ):
             if config.get("model_file") is None:
@@ -836,8 +1097,10 @@ class Loader:
 
     def _check_sharing(self, config: dict[str, Any]) -> None:
         if self._settings.adapter and self._hosts.size > 1:
-            raise ChatError("mlx-lm can't share an adapter among hosts: leave out --adapter, or use one host.")
-        if self._hosts.share(config) != config:
+            raise ChatError(
+                "mlx-lm can't share an adapter among hosts: leave out --adapter, or use one host."
+            )
+        if self._hosts.broadcast(config) != config:
             raise ChatError(f"{self._name} is another model here than on the first host.")
         for key in ("num_attention_heads", "num_key_value_heads"):
             # mlx-lm itself would round the number down.
@@ -847,23 +1110,31 @@ class Loader:
 
     def _load_engine(self) -> tuple[Any, Any]:
         """Return the network, or this host's share of it, and the tokenizer."""
-        mlx_lm = library("mlx_lm")
-        load = mlx_lm.load if self._hosts.size == 1 else getattr(mlx_lm.utils, "sharded_load", lambda: None)
+        mlx_lm = import_library("mlx_lm")
+        load = (
+            mlx_lm.load
+            if self._hosts.size == 1
+            else getattr(mlx_lm.utils, "sharded_load", lambda: None)
+        )
         known = inspect.signature(load).parameters
         if "tokenizer_config" not in known:
             # By itself an older `sharded_load` runs the code of any repository.
-            raise ChatError(f"mlx-lm {mlx_lm.__version__} can't share a model among hosts safely: update it.")
+            raise ChatError(
+                f"mlx-lm {mlx_lm.__version__} can't share a model among hosts safely: update it."
+            )
         trust = {"trust_remote_code": self._settings.trust_remote_code}
         # Older versions know but one of the two ways to allow a repository's code, and only `load` an adapter.
         options = {"tokenizer_config": trust, "adapter_path": self._settings.adapter, **trust}
         with foreign(self._load_failure):
-            net, tokenizer = load(str(self._folder), **{name: options[name] for name in options.keys() & known.keys()})
+            net, tokenizer = load(
+                str(self._folder), **{name: options[name] for name in options.keys() & known.keys()}
+            )
         return net, tokenizer
 
     def _load_failure(self, error: BaseException) -> str:
-        name, words, adapter = self._name, one_line(error), self._settings.adapter
+        name, words, adapter = self._name, error_text(error), self._settings.adapter
         if "trust_remote_code" in str(error):
-            return UNTRUSTED.format(name)
+            return REMOTE_CODE_MESSAGE.format(name)
         if self._hosts.size > 1:
             return f"The hosts could not load {name} together: {words}."
         if adapter:
@@ -878,7 +1149,7 @@ class Loader:
 # mlx-lm's own default is 2048, which a small model on a slow machine takes a second for.
 PREFILL_STEP_TOKENS = 512
 
-ENGINE_FAILURE = (
+ENGINE_FAILED_MESSAGE = (
     "The engine failed, so what it was saying is not kept: {}."
     " If memory ran out, a shorter prompt, /clear or a smaller model takes less."
 )
@@ -886,7 +1157,9 @@ ENGINE_FAILURE = (
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
     """Return the number of elements that two sequences have in common at their start."""
-    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return next(
+        (n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other))
+    )
 
 
 class PromptCache:
@@ -933,7 +1206,9 @@ class PromptCache:
         # Deep, because a wrapped sliding window writes into its arrays in place. Copying an MLX array
         # shares its memory until one of the two is written to. Only what can't be trimmed is copied.
         leaves = enumerate(self._leaves())
-        copies = {place: copy.deepcopy(vars(leaf)) for place, leaf in leaves if self._needs_copy(leaf)}
+        copies = {
+            place: copy.deepcopy(vars(leaf)) for place, leaf in leaves if self._needs_copy(leaf)
+        }
         self._snapshots = [*self._snapshots[-1:], (len(self.tokens), copies)]
 
     def rewind(self, prompt: Sequence[int]) -> int:
@@ -958,7 +1233,7 @@ class PromptCache:
     @contextlib.contextmanager
     def _dropped_on_error(self) -> Iterator[None]:
         try:
-            with foreign(ENGINE_FAILURE, EngineError):
+            with foreign(ENGINE_FAILED_MESSAGE, EngineError):
                 yield
         except GeneratorExit:
             # Raised between two calls of the engine, where its state is known.
@@ -992,7 +1267,7 @@ class PromptCache:
                     self._take_snapshot()
                 yield end
 
-    def tokens_in(self, memory_bytes: int) -> int | None:
+    def capacity_tokens(self, memory_bytes: int) -> int | None:
         """Return the number of tokens whose state so many bytes hold, or None if it does not grow; forgets everything.
 
         Full attention grows with each token. Windows, chunks and recurrent layers take what they take when they are
@@ -1008,7 +1283,9 @@ class PromptCache:
         for leaf in self._leaves():
             values: Any = tree_flatten(vars(leaf))
             most = getattr(leaf, "max_size", None) or getattr(leaf, "chunk_size", None)
-            for array in (value for _, value in values if isinstance(value, mx.array) and value.ndim > 1):
+            for array in (
+                value for _, value in values if isinstance(value, mx.array) and value.ndim > 1
+            ):
                 # An array is laid out for more tokens than it holds.
                 row = array.nbytes // array.shape[-2]
                 if self._needs_copy(leaf):
@@ -1023,7 +1300,9 @@ class PromptCache:
         from mlx.utils import tree_flatten
 
         # Older caches tell apart from their arrays how they stand in them.
-        values: Any = tree_flatten([[layer.state, getattr(layer, "meta_state", "")] for layer in self._layers])
+        values: Any = tree_flatten(
+            [[layer.state, getattr(layer, "meta_state", "")] for layer in self._layers]
+        )
         return list(values)
 
     def _digest(self) -> str:
@@ -1033,7 +1312,11 @@ class PromptCache:
         digest = zlib.crc32(str(self.tokens).encode())
         for _, value in self._values():
             # A gigabyte or more in a second, which is less than it takes to compute the state of a thousand tokens.
-            array: Any = mx.contiguous(value).reshape(-1).view(mx.uint8) if isinstance(value, mx.array) else None
+            array: Any = (
+                mx.contiguous(value).reshape(-1).view(mx.uint8)
+                if isinstance(value, mx.array)
+                else None
+            )
             digest = zlib.crc32(str(value).encode() if array is None else memoryview(array), digest)
         return str(digest)
 
@@ -1049,7 +1332,9 @@ class PromptCache:
         part.unlink(missing_ok=True)
         if not self.tokens:
             return
-        if shutil.disk_usage(part.parent).free < 2 * sum(getattr(value, "nbytes", 0) for _, value in self._values()):
+        if shutil.disk_usage(part.parent).free < 2 * sum(
+            getattr(value, "nbytes", 0) for _, value in self._values()
+        ):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         part.touch(0o600, exist_ok=False)
         try:
@@ -1081,7 +1366,9 @@ class PromptCache:
             elif not self.can_trim:
                 self._take_snapshot()
 
-    def stream(self, tokenizer: Any, prompt: list[int], **options: Any) -> Generator[Any, None, None]:
+    def stream(
+        self, tokenizer: Any, prompt: list[int], **options: Any
+    ) -> Generator[Any, None, None]:
         """Yield mlx-lm's responses to `prompt` after its prefill, one a token, without end but the model's own.
 
         Between two responses the iterator may be kept, or closed: the engine runs one token ahead, so the
@@ -1092,7 +1379,9 @@ class PromptCache:
 
         with self._dropped_on_error():
             rest = mx.array(prompt[len(self.tokens) :])
-            responses = stream_generate(self._net, tokenizer, rest, max_tokens=-1, prompt_cache=self._layers, **options)
+            responses = stream_generate(
+                self._net, tokenizer, rest, max_tokens=-1, prompt_cache=self._layers, **options
+            )
             self.tokens = [*prompt]
             with contextlib.closing(responses):
                 for response in responses:
@@ -1104,7 +1393,7 @@ class PromptCache:
 
 
 class Piece(NamedTuple):
-    """A streamed unit of a reply: `answer` or `thought`, or else `reading` or a `notice`, none of the model's words."""
+    """A streamed unit of a reply: `answer` or `thought`, or else `prefill` or a `notice`, none of the model's words."""
 
     kind: str
     text: str
@@ -1114,13 +1403,19 @@ class Piece(NamedTuple):
 START, BETWEEN = "start", "between"
 
 # Contents in blocks of types that templates read (Ministral's, Apertus').
-BLOCKS = {"thinking blocks": ("thinking", "thinking", "text"), "thoughts blocks": ("thoughts", "text", "response")}
+BLOCKS = {
+    "thinking blocks": ("thinking", "thinking", "text"),
+    "thoughts blocks": ("thoughts", "text", "response"),
+}
 
 
-def in_place(place: str, thought: str, answer: str) -> dict[str, Any]:
+def message_with_thought(place: str, thought: str, answer: str) -> dict[str, Any]:
     """Return a reply as a message for a template that takes a thought in a place: a field, or blocks of the content."""
     if place not in BLOCKS:
-        return {"content": answer, **({place: thought} if thought and place not in ("", "content") else {})}
+        return {
+            "content": answer,
+            **({place: thought} if thought and place not in ("", "content") else {}),
+        }
     kind, field, other = BLOCKS[place]
     blocks = [{"type": kind, field: thought}, {"type": other, "text": answer}][not thought :]
     return {"content": {"blocks": blocks} if kind == "thoughts" else blocks}
@@ -1149,7 +1444,7 @@ class ThoughtFormat(NamedTuple):
         """The text that ends a thought and begins the answer."""
         return self.end + self.lead * (self.lead.strip() not in self.end)
 
-    def as_template_takes(self, message: Message, said: str) -> dict[str, Any]:
+    def to_template_message(self, message: Message, said: str) -> dict[str, Any]:
         """Return a message in the form in which the template takes it; `said` is the reply in the model's own words."""
         answer, thought = message["content"], message.get("reasoning_content", "")
         place = self.place if message["role"] == "assistant" else ""
@@ -1157,7 +1452,7 @@ class ThoughtFormat(NamedTuple):
             answer = said or self.said(message)
             # A thought that was stopped is closed, or the template would take it for an answer.
             answer += self.end * (self.end.strip() not in answer)
-        return {"role": message["role"], **in_place(place, thought, answer)}
+        return {"role": message["role"], **message_with_thought(place, thought, answer)}
 
     def said(self, message: Message, begun: str = "") -> str:
         """Return a reply as the model said it, after what the prompt had `begun` of it."""
@@ -1169,7 +1464,9 @@ class ThoughtFormat(NamedTuple):
     def parted(self, message: Message) -> Message:
         """Return a message with its thought apart, where an older session has it in the content, between its marks."""
         for format in (self, self._replace(start="<think>", end="</think>")):
-            marked = message["role"] == "assistant" and any(mark in message["content"] for mark in format.marks)
+            marked = message["role"] == "assistant" and any(
+                mark in message["content"] for mark in format.marks
+            )
             if marked and "reasoning_content" not in message:
                 splitter = ThoughtSplitter(format)
                 list(itertools.chain(splitter.feed(message["content"]), splitter.finish()))
@@ -1178,7 +1475,11 @@ class ThoughtFormat(NamedTuple):
 
 
 # The variables that templates read of how to think: switches, degrees, and a number of tokens.
-SWITCHES, DEGREES, BUDGET = ("enable_thinking", "thinking"), ("reasoning_effort", "thinking_effort"), "thinking_budget"
+SWITCHES, DEGREES, BUDGET = (
+    ("enable_thinking", "thinking"),
+    ("reasoning_effort", "thinking_effort"),
+    "thinking_budget",
+)
 BUDGETS = {"none": 0, "minimal": 0, "low": 512, "medium": 4096, "high": 16384}
 
 
@@ -1188,25 +1489,41 @@ def think_variables(model: Model, think: bool | str | None) -> dict[str, Any]:
         return {}
     asked: dict[str, Any] = dict.fromkeys(SWITCHES, think is not False)
     # The least degree that a template knows by name comes nearest to none.
-    least = next((word for word in ("none", "minimal") if re.search(rf"""['"]{word}['"]""", model.template)), "low")
+    least = next(
+        (
+            word
+            for word in ("none", "minimal")
+            if re.search(rf"""['"]{word}['"]""", model.template.source)
+        ),
+        "low",
+    )
     if degree := think if isinstance(think, str) else "" if think else least:
         asked.update(dict.fromkeys(DEGREES, degree), **{BUDGET: BUDGETS[degree] if think else 0})
-    return {name: value for name, value in asked.items() if name in model.variables}
+    return {name: value for name, value in asked.items() if name in model.template.variables}
 
 
 # Made-up words, by which a rendering tells where a template puts what.
-EARLIER, ASKED, THOUGHT, ANSWER = "hazelcatkin", "quincewort", "thistledown", "walnutshell"
-QUESTION = {"role": "user", "content": ASKED}
+PROBE_EARLIER, PROBE_QUESTION, PROBE_THOUGHT, PROBE_ANSWER = (
+    "hazelcatkin",
+    "quincewort",
+    "thistledown",
+    "walnutshell",
+)
+QUESTION = {"role": "user", "content": PROBE_QUESTION}
 
 # The names of thoughts in fields and marks, the marks of an answer, and all that looks like a mark.
-OF_THOUGHTS = re.compile("think|thought|reason", re.IGNORECASE)
-OF_ANSWERS = re.compile(r"\W*(BEGIN.|START_)?(FINAL.)?(response|answer)\W*", re.IGNORECASE)
+THOUGHT_WORD = re.compile("think|thought|reason", re.IGNORECASE)
+ANSWER_MARK = re.compile(r"\W*(BEGIN.|START_)?(FINAL.)?(response|answer)\W*", re.IGNORECASE)
 MARK = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z _]{1,40}\]")
 
 
-def closing_twins(mark: str) -> set[str]:
+def possible_end_marks(mark: str) -> set[str]:
     """Return the marks that may close what a mark opens."""
-    renamed = {mark.replace("START", "END"), mark.replace("BEGIN", "END"), mark.replace("prefix", "suffix")}
+    renamed = {
+        mark.replace("START", "END"),
+        mark.replace("BEGIN", "END"),
+        mark.replace("prefix", "suffix"),
+    }
     return {mark[0] + "/" + mark[1:], re.sub(r"^<\|(.*[^|])>$", r"<\1|>", mark), *renamed} - {mark}
 
 
@@ -1214,20 +1531,31 @@ class ThoughtFinder:
     """Finds how a model marks its thoughts by rendering its template with made-up words; it knows no model by name."""
 
     def __init__(self, model: Model) -> None:
-        tokenizer = model.tokenizer
+        tokenizer = model.template.tokenizer
         self._model = model
-        self._pair = (str(tokenizer.think_start), str(tokenizer.think_end)) if tokenizer.has_thinking else ("", "")
+        self._pair = (
+            (str(tokenizer.think_start), str(tokenizer.think_end))
+            if tokenizer.has_thinking
+            else ("", "")
+        )
         with foreign(f"The tokenizer of {model.name} fails: {{}}. Name another model."):
-            self._text = " ".join([model.template, *tokenizer.get_added_vocab(), *self._pair])
+            self._text = " ".join(
+                [model.template.source, *tokenizer.get_added_vocab(), *self._pair]
+            )
             self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
-        switches = [{name: on} for name in SWITCHES if name in model.variables for on in (True, False)]
+        switches = [
+            {name: on}
+            for name in SWITCHES
+            if name in model.template.variables
+            for on in (True, False)
+        ]
         self._switches: list[dict[str, Any]] = [{}, *switches]
 
     def find(self) -> ThoughtFormat:
         """Return the format; it is empty for a model that doesn't think."""
-        if not OF_THOUGHTS.search(self._text):
+        if not THOUGHT_WORD.search(self._text):
             return ThoughtFormat()
-        before, _, after = self._probe(ANSWER).partition(ANSWER)
+        before, _, after = self._probe(PROBE_ANSWER).partition(PROBE_ANSWER)
         tails = [after.partition(end)[0] for end in self._ends if end in after]
         found = self._by_message() or self._by_marks()
         lead = found.lead or before[self._header(before) :]
@@ -1236,14 +1564,28 @@ class ThoughtFinder:
         return found._replace(lead=lead, tail=found.tail or min(tails, key=len, default=""))
 
     def _probe(
-        self, answer: str = "", thought: str = "", place: str = "", after: Sequence[Message] = (), **switches: Any
+        self,
+        answer: str = "",
+        thought: str = "",
+        place: str = "",
+        after: Sequence[Message] = (),
+        **switches: Any,
     ) -> str:
         """Render a conversation with this reply, or its prompt alone; a template that can't has nothing to tell."""
         # Some templates treat the first reply unlike later ones.
-        earlier = [{"role": "user", "content": EARLIER}, {"role": "assistant", **in_place(place, "", EARLIER)}]
-        reply = [{"role": "assistant", **in_place(place, thought, answer)}, *after] if answer else []
+        earlier = [
+            {"role": "user", "content": PROBE_EARLIER},
+            {"role": "assistant", **message_with_thought(place, "", PROBE_EARLIER)},
+        ]
+        reply = (
+            [{"role": "assistant", **message_with_thought(place, thought, answer)}, *after]
+            if answer
+            else []
+        )
         with contextlib.suppress(ChatError):
-            return self._model.render([*earlier, QUESTION, *reply], prompted=not answer, **switches)
+            return self._model.template.render(
+                [*earlier, QUESTION, *reply], add_generation_prompt=not answer, **switches
+            )
         return ""
 
     @functools.cached_property
@@ -1254,24 +1596,32 @@ class ThoughtFinder:
     def _marks(self) -> dict[str, str]:
         """All marks that the prompts, the template and the vocabulary name, each with the first that it may close."""
         marks = list(dict.fromkeys(MARK.findall(" ".join([*self._prompts, self._text]))))
-        openings = {twin: mark for mark in reversed(marks) for twin in closing_twins(mark)}
-        return {mark: openings.get(mark, mark.replace("/", "", 1) if mark[1] == "/" else "") for mark in marks}
+        openings = {twin: mark for mark in reversed(marks) for twin in possible_end_marks(mark)}
+        return {
+            mark: openings.get(mark, mark.replace("/", "", 1) if mark[1] == "/" else "")
+            for mark in marks
+        }
 
     def _header(self, text: str) -> int:
         """Return the length of a rendering up to where the reply begins."""
         shared = [common_prefix(text, prompt) for prompt in self._prompts]
         # A switch may have put something behind the prompt, and two marks may begin alike.
-        length = min((n for n in shared if n > text.find(ASKED) + len(ASKED)), default=len(text))
+        length = min(
+            (n for n in shared if n > text.find(PROBE_QUESTION) + len(PROBE_QUESTION)),
+            default=len(text),
+        )
         return len(text[:length].rstrip("<[|"))
 
     def _by_message(self) -> ThoughtFormat | None:
         """Look for a field of the message, or blocks of its content, that come out before the answer."""
-        words = {*re.findall(r"\w+", self._model.template)}
-        names = sorted(filter(OF_THOUGHTS.search, words), key=lambda name: (-len(name), name))
+        words = {*re.findall(r"\w+", self._model.template.source)}
+        names = sorted(filter(THOUGHT_WORD.search, words), key=lambda name: (-len(name), name))
         places = [*names, *(place for place in BLOCKS if place.split()[0] in names)]
         for place, switches in itertools.product(places, self._switches):
-            before, _, rest = self._probe(ANSWER, THOUGHT, place, **switches).partition(THOUGHT)
-            end, answered, _ = rest.partition(ANSWER)
+            before, _, rest = self._probe(PROBE_ANSWER, PROBE_THOUGHT, place, **switches).partition(
+                PROBE_THOUGHT
+            )
+            end, answered, _ = rest.partition(PROBE_ANSWER)
             # Not merely printed as it is, as part of a list.
             if answered and end.strip() and "'type'" not in before and '"type"' not in before:
                 opening = self._marks.get(end.strip(), "")
@@ -1286,10 +1636,10 @@ class ThoughtFinder:
         """Look for marks with telling names, above all for those that count in the content of an old reply."""
         pairs = [*((opening, mark) for mark, opening in self._marks.items()), self._pair]
         formats = [self._with_blanks(*pair) for pair in pairs if pair[0]]
-        formats = [format for format in formats if OF_THOUGHTS.search(format.start)]
+        formats = [format for format in formats if THOUGHT_WORD.search(format.start)]
         for format in filter(self._goes_back, formats):
             return format._replace(place="content")
-        lead = next(filter(OF_ANSWERS.fullmatch, self._marks), "")
+        lead = next(filter(ANSWER_MARK.fullmatch, self._marks), "")
         tail = next((mark for mark, opening in self._marks.items() if lead and opening == lead), "")
         told = "".join(self._prompts)
         if lead and lead in told and not any(format.start.strip() in told for format in formats):
@@ -1298,10 +1648,12 @@ class ThoughtFinder:
 
     def _goes_back(self, format: ThoughtFormat) -> bool:
         """Tell if the template cuts a thought between these marks off an old reply, or keeps what a prompt begins."""
-        said = format.start + THOUGHT + format.end + ANSWER
+        said = format.start + PROBE_THOUGHT + format.end + PROBE_ANSWER
         text = self._probe(said, after=[QUESTION, {"role": "assistant", "content": ""}, QUESTION])
-        cut = ANSWER in text and THOUGHT not in text
-        prompted = any(format.end.strip() in prompt.rpartition(ASKED)[2] for prompt in self._prompts)
+        cut = PROBE_ANSWER in text and PROBE_THOUGHT not in text
+        prompted = any(
+            format.end.strip() in prompt.rpartition(PROBE_QUESTION)[2] for prompt in self._prompts
+        )
         return cut or (prompted and any(prompt + said in text for prompt in self._prompts))
 
     def _with_blanks(self, start: str, end: str) -> ThoughtFormat:
@@ -1312,7 +1664,9 @@ class ThoughtFinder:
             if closed and not opened:
                 within = closed[2] or ""
                 half = len(within) // 2
-                return ThoughtFormat((closed[1] or start) + within[half:], within[:half] + end + closed[3])
+                return ThoughtFormat(
+                    (closed[1] or start) + within[half:], within[:half] + end + closed[3]
+                )
         blanks = ("\n", "\n", "\n\n") if opened or end.startswith("</") else ("", "", "")
         return ThoughtFormat(start + blanks[0], blanks[1] + end + blanks[2])
 
@@ -1346,7 +1700,11 @@ class ThoughtSplitter:
         """Yield what is certain of all the text so far."""
         self.text, self._held = self.text + text, self._held + text
         while True:
-            found = ((self._held.find(mark), mark) for mark in self._marks[self.kind] if mark and mark in self._held)
+            found = (
+                (self._held.find(mark), mark)
+                for mark in self._marks[self.kind]
+                if mark and mark in self._held
+            )
             place, mark = min(found, default=(0, ""))
             if not mark:
                 break
@@ -1359,25 +1717,41 @@ class ThoughtSplitter:
 
     def _certain(self) -> int:
         """Return the length of the held text that is no mark: its end may be the beginning of one."""
-        held, marks, tail = self._held, self._marks[self.kind], self._tail.strip() * (self.kind == "answer")
+        held, marks, tail = (
+            self._held,
+            self._marks[self.kind],
+            self._tail.strip() * (self.kind == "answer"),
+        )
         if tail:
             # It ends the answer only if nothing comes after it. Blanks around belong to it.
             held, marks = held.rstrip(), {tail: ""}
-        partial = max((n for mark in marks for n in range(1, len(mark) + 1) if held.endswith(mark[:n])), default=0)
+        partial = max(
+            (n for mark in marks for n in range(1, len(mark) + 1) if held.endswith(mark[:n])),
+            default=0,
+        )
         certain = held[: len(held) - partial]
         return len(certain.rstrip() if tail or not certain.strip() else certain)
 
     def finish(self) -> Iterator[Piece]:
         """Yield what was held back, at the end of a reply, but for its last mark or the beginning of a token."""
         rest, tail = self._held.strip(), self._tail
-        yield from self._take(0 if rest.startswith("<|") or (rest and rest == tail.strip()) else len(self._held))
+        yield from self._take(
+            0 if rest.startswith("<|") or (rest and rest == tail.strip()) else len(self._held)
+        )
         # Blanks before the end of a turn are the template's.
-        self.text, self._texts["answer"] = (text.removesuffix(tail) for text in (self.text, self._texts["answer"]))
+        self.text, self._texts["answer"] = (
+            text.removesuffix(tail) for text in (self.text, self._texts["answer"])
+        )
 
     def said(self) -> Message:
         """Return the answer, and the thought if there is one, as a message has them."""
-        thought, answer = (self._texts[kind].replace(BREAK, "") for kind in ("thought", "answer"))
-        return {"content": answer, **({"reasoning_content": thought.strip()} if thought.strip() else {})}
+        thought, answer = (
+            self._texts[kind].replace(TOKEN_BREAK, "") for kind in ("thought", "answer")
+        )
+        return {
+            "content": answer,
+            **({"reasoning_content": thought.strip()} if thought.strip() else {}),
+        }
 
     def _take(self, length: int) -> Iterator[Piece]:
         text, self._held = self._held[:length], self._held[length:]
@@ -1402,13 +1776,13 @@ class ThoughtSplitter:
 # From here on a prompt takes long enough to say how far its reading is.
 LONG_PROMPT_TOKENS = 200
 
-FILLED = "The reply can't go on: it fills {}. /clear starts over."
+CONTEXT_FULL_MESSAGE = "The reply can't go on: it fills {}. /clear starts over."
 
 # The most tokens that a reply may have outside of its thought and its answer; a model may say blanks without end.
-MOST_MARK_TOKENS = 64
+MAX_MARK_TOKENS = 64
 
 # Below this a temperature is as good as 0, and 1 / temperature overflows a float32 further down.
-LEAST_TEMPERATURE = 1e-3
+MIN_TEMPERATURE = 1e-3
 
 
 @dataclasses.dataclass
@@ -1422,24 +1796,31 @@ class Statistics:
     thought_tokens: int = 0
     answer_tokens: int = 0
     time_to_first_token_s: float = 0.0
-    seconds: float = 0.0
+    total_s: float = 0.0
     finish_reason: str | None = None
     started_s: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
-    def room(self) -> int:
+    def remaining_tokens(self) -> int:
         """The number of tokens that the context has still room for."""
         return (self.context_length or sys.maxsize) - self.prompt_tokens - self.generation_tokens
 
-    def line(self) -> str:
+    def summary(self) -> str:
         """Return the statistics as one line."""
         # The first token belongs to the prefill, not to the decode time.
-        decode_s = self.seconds - self.time_to_first_token_s
-        generation_tps = (self.generation_tokens - 1) / decode_s if self.generation_tokens > 1 and decode_s else 0.0
-        new, used = self.prompt_tokens - self.cached_tokens, self.prompt_tokens + self.generation_tokens
+        decode_s = self.total_s - self.time_to_first_token_s
+        generation_tps = (
+            (self.generation_tokens - 1) / decode_s
+            if self.generation_tokens > 1 and decode_s
+            else 0.0
+        )
+        new, used = (
+            self.prompt_tokens - self.cached_tokens,
+            self.prompt_tokens + self.generation_tokens,
+        )
         context = f"{used / self.context_length:.0%}" if self.context_length else f"{used} tokens"
         return (
-            f"{self.seconds:.1f} s · {generation_tps:.1f} tokens/s · first {self.time_to_first_token_s:.2f} s"
+            f"{self.total_s:.1f} s · {generation_tps:.1f} tokens/s · first {self.time_to_first_token_s:.2f} s"
             f" · {new} new, {self.cached_tokens} reused · context {context}"
         )
 
@@ -1469,15 +1850,17 @@ class Conversation:
         self._model, self._settings, self.hosts = model, settings, model.hosts
         self._format = ThoughtFinder(model).find()
         # A thought may also begin with prose, which anybody may write.
-        model.marks = [*filter(MARK.fullmatch, self._format.marks)]
+        model.template.marks = [*filter(MARK.fullmatch, self._format.marks)]
         # What closes a thought.
-        self._closing = model.encode(self._format.closing)
-        self._cache = PromptCache(model.net, shared=model.hosts.size > 1)
+        self._closing = model.template.encode(self._format.closing)
+        self._cache = PromptCache(model.network, shared=model.hosts.size > 1)
         # The most tokens that the memory holds; hosts with other layers are to leave out the same turns.
         memory_bytes = model.memory_bytes
-        self._memory_tokens = memory_bytes and self.hosts.share(self._cache.tokens_in(memory_bytes))
+        self._memory_tokens = memory_bytes and self.hosts.broadcast(
+            self._cache.capacity_tokens(memory_bytes)
+        )
         # The last reply, if it can go on: its responses end by themselves once nobody holds them.
-        self._live: Reply | None = None
+        self._unfinished: Reply | None = None
         # Messages before this one are not sent: they no longer fit.
         self._first = 0
         self.messages = list(map(self._format.parted, messages))
@@ -1490,13 +1873,13 @@ class Conversation:
         self.statistics = Statistics(None)
         self.seed(settings.seed)
 
-    def measure(self, text: str) -> str:
+    def describe_size(self, text: str) -> str:
         """Return the size of a text in tokens, in words that say if it can't fit."""
-        size, (limit, bound) = len(self._model.encode(text)), self.bound()
+        size, (limit, bound) = len(self._model.template.encode(text)), self.limit()
         full = f", and doesn't fit {bound}" if limit and size > limit else ""
         return f"{size} tokens{full}"
 
-    def bound(self) -> tuple[int | None, str]:
+    def limit(self) -> tuple[int | None, str]:
         """Return the most tokens that can be sent and said, None if there is no limit, and in words what sets it."""
         limit, memory_tokens = self._model.context_length, self._memory_tokens
         if memory_tokens is not None and (limit is None or memory_tokens < limit):
@@ -1507,11 +1890,13 @@ class Conversation:
         """Make what is sampled from here on repeatable; None leaves chance to chance, the same on all hosts."""
         import mlx.core as mx
 
-        mx.random.seed(self.hosts.share(time.time_ns() if seed is None else seed))
+        mx.random.seed(self.hosts.broadcast(time.time_ns() if seed is None else seed))
 
-    def reply(self, prompt: str, before: list[Message] | None = None) -> Generator[Piece, None, None]:
+    def reply(
+        self, prompt: str, before: list[Message] | None = None
+    ) -> Generator[Piece, None, None]:
         """Yield the reply to `prompt`, after all messages or those `before`. Raises `ChatError`."""
-        self.statistics = Statistics(self.bound()[0])
+        self.statistics = Statistics(self.limit()[0])
         before = self.messages if before is None else before
         live = yield from self._begin([*before, {"role": "user", "content": prompt}])
         yield from self._speak(live)
@@ -1523,23 +1908,25 @@ class Conversation:
         *before, prompt, _ = self.messages
         return self.reply(prompt["content"], before)
 
-    def resume(self, answer: bool = False) -> Generator[Piece, None, None]:
+    def continue_reply(self, answer: bool = False) -> Generator[Piece, None, None]:
         """Go on with a reply that was cut or stopped; with `answer` its thought is closed first. Raises `ChatError`."""
         if not self.messages or "finish_reason" not in self.messages[-1]:
-            raise ChatError(f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}.")
+            raise ChatError(
+                f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}."
+            )
         *before, reply = self.messages
-        limit, bound = self.bound()
+        limit, bound = self.limit()
         self.statistics = Statistics(limit)
-        live = self._live or (yield from self._begin(before, reply))
+        live = self._unfinished or (yield from self._begin(before, reply))
         if answer and live.splitter.kind != "thought":
             raise ChatError("There is no thought to close: /continue goes on with the answer.")
         held = len(self._cache.tokens)
         if limit and held + len(self._closing) * answer >= limit:
-            raise ChatError(FILLED.format(bound))
-        if self._live:
+            raise ChatError(CONTEXT_FULL_MESSAGE.format(bound))
+        if self._unfinished:
             self.statistics.prompt_tokens = self.statistics.cached_tokens = held
         # If this fails, the reply goes on from a state computed anew.
-        self._live = None
+        self._unfinished = None
         if answer:
             self._close_thought(live)
         yield from self._speak(live)
@@ -1548,7 +1935,7 @@ class Conversation:
         """Give the first response the blank that mlx-lm takes off at the start of a text."""
         with contextlib.closing(responses):
             for count, response in enumerate(responses):
-                piece = str(self._model.tokenizer.convert_ids_to_tokens(response.token))
+                piece = str(self._model.template.tokenizer.convert_ids_to_tokens(response.token))
                 if count == 0 and piece.startswith(("Ġ", "▁")):
                     response.text = " " + response.text.lstrip(" ")
                 yield response
@@ -1567,7 +1954,7 @@ class Conversation:
         if self.messages:
             *self.messages, prompt, _ = self.messages
             # Turns left out may fit again.
-            self._live, self._first = None, 0
+            self._unfinished, self._first = None, 0
             return prompt["content"]
         if not self._cleared:
             raise ChatError("There is no turn to take back.")
@@ -1577,38 +1964,56 @@ class Conversation:
     def clear(self) -> None:
         """Start over. The engine's state stays: a new conversation may start with the same tokens."""
         self._cleared, self.messages = self.messages or self._cleared, []
-        self._live, self._first = None, 0
+        self._unfinished, self._first = None, 0
 
-    def _render(self, messages: list[Message], prompted: bool = True) -> str:
+    def _render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         taken = [
-            self._format.as_template_takes(self._as_text(message), self._said.get(str(message), ""))
+            self._format.to_template_message(
+                self._as_text(message), self._said.get(str(message), "")
+            )
             for message in self._settings.with_system(messages)
         ]
-        return self._model.render(taken, prompted, **think_variables(self._model, self._settings.think))
+        return self._model.template.render(
+            taken, add_generation_prompt, **think_variables(self._model, self._settings.think)
+        )
 
     def _as_text(self, message: Message) -> Message:
         """Return a message in which nobody can forge a turn, or a thought, by spelling the template's tokens."""
-        texts = {key: self._model.as_text(message[key]) for key in ("content", "reasoning_content") if message.get(key)}
+        texts = {
+            key: self._model.template.escape_special_tokens(message[key])
+            for key in ("content", "reasoning_content")
+            if message.get(key)
+        }
         return {**message, **texts}
 
     def _begun(self, text: str, messages: list[Message]) -> str:
         """Return the part of the reply that a prompt has said already: it may have opened, or closed, a thought."""
-        header = text[common_prefix(text, self._render(messages, prompted=False)) :] if self._format.marks else ""
-        return next((header[header.rfind(mark) :] for mark in self._format.marks if mark in header), "")
+        header = (
+            text[common_prefix(text, self._render(messages, add_generation_prompt=False)) :]
+            if self._format.marks
+            else ""
+        )
+        return next(
+            (header[header.rfind(mark) :] for mark in self._format.marks if mark in header), ""
+        )
 
-    def doubt(self) -> str:
+    def thinking_note(self) -> str:
         """Return a sentence on what the template can't do of the way to think that was asked for, or nothing."""
         think, model = self._settings.think, self._model
         read = think_variables(model, think)
         if think is not None and not self._format.end:
             return f"{model.name} is no reasoning model: there is nothing to think, or not."
         if think is False and all(BUDGETS.get(read[name], 0) for name in read):
-            return f"{model.name} can't be told not to think{'; it is asked for little' * bool(read)}."
+            return (
+                f"{model.name} can't be told not to think{'; it is asked for little' * bool(read)}."
+            )
         if isinstance(think, str) and not {*DEGREES, BUDGET} & {*read}:
             return f"{model.name} can't be told how much to think."
         return ""
 
-    def _fit(self, messages: list[Message], first: int, said: int = 0) -> tuple[int, str, list[int]]:
+    def _fit(
+        self, messages: list[Message], first: int, said: int = 0
+    ) -> tuple[int, str, list[int]]:
         """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits.
 
         Of a reply that goes on, `said` is the number of tokens that follow the prompt.
@@ -1616,9 +2021,9 @@ class Conversation:
 
         def prompt(first: int) -> tuple[int, str, list[int]]:
             text = self._render(messages[first:])
-            return first, text, self._model.encode(text)
+            return first, text, self._model.template.encode(text)
 
-        limit, bound = self.bound()
+        limit, bound = self.limit()
         room = said + 1 if said else min(self._settings.max_tokens, limit // 4) if limit else 0
         fitting = prompt(first)
         if limit is None or len(fitting[2]) + room <= limit:
@@ -1632,7 +2037,7 @@ class Conversation:
         fitting = prompt(firsts[0]) if firsts else fitting
         if (size := len(fitting[2])) + room > limit:
             if said:
-                raise ChatError(FILLED.format(bound))
+                raise ChatError(CONTEXT_FULL_MESSAGE.format(bound))
             force = ", or start with --force" * (limit != self._model.context_length)
             raise ChatError(
                 f"The prompt is too long for {bound}: {size} tokens, with {room} kept for the reply. Shorten it"
@@ -1644,35 +2049,43 @@ class Conversation:
         """Write the engine's state, up to where the next prompt will share it. Raises whatever goes wrong."""
         # A chat that goes on with the messages doesn't know the model's own words, nor what was left out.
         self._said = {}
-        self._live = None
+        self._unfinished = None
         if not self.messages:
             file.unlink(missing_ok=True)
         elif self._settings.history:
             self._cache.rewind(self._fit([*self.messages, {"role": "user", "content": "b"}], 0)[2])
             self._cache.save(file, self._model.fingerprint)
 
-    def _begin(self, messages: list[Message], reply: Message | None = None) -> Generator[Piece, None, Reply]:
+    def _begin(
+        self, messages: list[Message], reply: Message | None = None
+    ) -> Generator[Piece, None, Reply]:
         """Compute the state of a prompt, and of a reply of an earlier day up to where it was cut or stopped."""
         first = self._first if self._settings.history else len(messages) - 1
         reply = reply and self._as_text(reply)
-        most = len(self._model.encode(self._format.said(reply))) if reply else 0
+        most = len(self._model.template.encode(self._format.said(reply))) if reply else 0
         fitting, text, tokens = self._fit(messages, first, most)
         if fitting > first:
             turns = fitting // 2
-            who = f"The first {turns} turns no longer fit" if turns > 1 else "The first turn no longer fits"
-            yield Piece("notice", f"{who} {self.bound()[1]}: left out from here on.")
-        self._live = None
+            who = (
+                f"The first {turns} turns no longer fit"
+                if turns > 1
+                else "The first turn no longer fits"
+            )
+            yield Piece("notice", f"{who} {self.limit()[1]}: left out from here on.")
+        self._unfinished = None
         sent = messages[fitting:]
         begun = self._begun(text, sent)
         said = self._format.said(reply, begun) if reply else ""
         # A clock or a date in the template may be different elsewhere.
-        tokens = self.hosts.share(tokens + self._model.encode(said))
+        tokens = self.hosts.broadcast(tokens + self._model.template.encode(said))
         yield from self._prefill(tokens, sent)
         splitter, responses = ThoughtSplitter(self._format, begun), self._stream(tokens)
         list(splitter.feed(said))
         # Turns that --no-history leaves out are left out of this turn only.
         later = fitting if self._settings.history else self._first
-        return Reply(messages, later, splitter, self._within_text(responses) if reply else responses, tokens)
+        return Reply(
+            messages, later, splitter, self._within_text(responses) if reply else responses, tokens
+        )
 
     def _prefill(self, tokens: list[int], messages: list[Message]) -> Iterator[Piece]:
         """Compute the state of the tokens of a prompt, which these messages make, from what is there already."""
@@ -1681,26 +2094,33 @@ class Conversation:
             self._cache.load(state, self._model.fingerprint, tokens)
         statistics, cached = self.statistics, self._cache.rewind(tokens)
         if state and cached and self._settings.stats:
-            yield Piece("notice", f"{cached:,} tokens resumed in {time.perf_counter() - statistics.started_s:.1f} s.")
+            yield Piece(
+                "notice",
+                f"{cached:,} tokens resumed in {time.perf_counter() - statistics.started_s:.1f} s.",
+            )
         statistics.prompt_tokens, statistics.cached_tokens = len(tokens), cached
         if not self._cache.can_trim:
             # The next prompt starts with these of the tokens, whatever is said until then: without, for example, a
             # thought that the template opened and will not repeat.
             made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-            shared = common_prefix(tokens, self._model.encode(self._render([*messages, *made_up])))
+            shared = common_prefix(
+                tokens, self._model.template.encode(self._render([*messages, *made_up]))
+            )
         # A line tells how far it is before the first chunk is through.
         for done in itertools.chain([cached], self._cache.prefill(tokens, shared)):
-            yield Piece("reading", f"{done} of {len(tokens)} tokens" * (len(tokens) > LONG_PROMPT_TOKENS))
+            yield Piece(
+                "prefill", f"{done} of {len(tokens)} tokens" * (len(tokens) > LONG_PROMPT_TOKENS)
+            )
 
     def _stream(self, tokens: list[int]) -> Generator[Any, None, None]:
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-        settings, tokenizer = self._settings, self._model.tokenizer
+        settings, tokenizer = self._settings, self._model.template.tokenizer
 
         def sampler(logprobs: Any) -> Any:
             # Made anew for each token, so that a changed setting reaches a reply that is continued.
             return make_sampler(
-                temp=settings.temperature if settings.temperature >= LEAST_TEMPERATURE else 0.0,
+                temp=settings.temperature if settings.temperature >= MIN_TEMPERATURE else 0.0,
                 top_p=settings.top_p,
                 min_p=settings.min_p,
                 # mlx-lm refuses a top_k that leaves nothing out.
@@ -1725,30 +2145,40 @@ class Conversation:
             # A reply that failed has no reason to finish.
             if statistics.finish_reason and statistics.generation_tokens:
                 self._keep(live, statistics.finish_reason)
-                self._live = None if torn or statistics.finish_reason == "stop" else live
+                self._unfinished = None if torn or statistics.finish_reason == "stop" else live
 
     def _pieces(self, live: Reply) -> Iterator[Piece]:
         statistics, splitter, settings = self.statistics, live.splitter, self._settings
         # A thought that is closed goes on with other responses.
         while response := next(live.responses, None):
             statistics.generation_tokens += 1
-            statistics.seconds = time.perf_counter() - statistics.started_s
-            statistics.time_to_first_token_s = statistics.time_to_first_token_s or statistics.seconds
+            statistics.total_s = time.perf_counter() - statistics.started_s
+            statistics.time_to_first_token_s = (
+                statistics.time_to_first_token_s or statistics.total_s
+            )
             statistics.finish_reason = response.finish_reason
             yield from splitter.feed(response.text)
             statistics.thought_tokens += splitter.kind == "thought"
             statistics.answer_tokens += splitter.kind == "answer"
-            marks = statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
+            marks = (
+                statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
+            )
             if response.finish_reason:
                 yield from splitter.finish()
                 continue
-            enough = splitter.kind == "thought" and statistics.thought_tokens == settings.max_thought_tokens
-            full = statistics.room <= len(self._closing) * enough
-            if full or statistics.answer_tokens >= settings.max_tokens or marks > MOST_MARK_TOKENS:
+            enough = (
+                splitter.kind == "thought"
+                and statistics.thought_tokens == settings.max_thought_tokens
+            )
+            full = statistics.remaining_tokens <= len(self._closing) * enough
+            if full or statistics.answer_tokens >= settings.max_tokens or marks > MAX_MARK_TOKENS:
                 statistics.finish_reason = "length"
                 return
             if enough:
-                yield Piece("notice", f"Thought enough: {statistics.thought_tokens} tokens; the answer begins.")
+                yield Piece(
+                    "notice",
+                    f"Thought enough: {statistics.thought_tokens} tokens; the answer begins.",
+                )
                 self._close_thought(live)
 
     def _keep(self, live: Reply, finish_reason: str) -> None:
@@ -1756,9 +2186,9 @@ class Conversation:
         if finish_reason != "stop":
             message["finish_reason"] = finish_reason
         # Only the marks of the one thought are more than text.
-        said = self._model.as_text(live.splitter.text)
+        said = self._model.template.escape_special_tokens(live.splitter.text)
         for mark in self._format.marks:
-            said = said.replace(self._model.as_text(mark), mark, 1)
+            said = said.replace(self._model.template.escape_special_tokens(mark), mark, 1)
         self._said[str(message)] = said
         self._first, self.messages = live.first, [*live.messages, message]
 
@@ -1792,7 +2222,10 @@ def replace_file(path: Path, data: bytes, *, locked: bool = False) -> io.FileIO:
 
 def as_lines(messages: Iterable[Message]) -> bytes:
     """Write messages as JSON Lines."""
-    return b"".join(json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n" for message in messages)
+    return b"".join(
+        json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n"
+        for message in messages
+    )
 
 
 def as_markdown(messages: Iterable[Message]) -> bytes:
@@ -1817,14 +2250,16 @@ class SessionFile:
         """Open or create the file, and read it. Raises `ChatError`, with the file untouched, if it is no session."""
         self._path = path
         # The file beside this one that holds the engine's state after the messages, if that was kept.
-        self.state = path.parent / f"{path.name}.state.safetensors"
+        self.state_path = path.parent / f"{path.name}.state.safetensors"
         with foreign(f"{path} can't be used as a session: {{}}. Name another file."):
             self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
             if not path.is_file():
                 raise OSError("it is no file")
-        self.written = datetime.fromtimestamp(os.fstat(self._file.fileno()).st_mtime)
+        self.modified = datetime.fromtimestamp(os.fstat(self._file.fileno()).st_mtime)
         try:
-            with foreign(f"{path} is in use by another chat, or its disk has no locks: name another file."):
+            with foreign(
+                f"{path} is in use by another chat, or its disk has no locks: name another file."
+            ):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The other chat may have put a new file in the place of this one.
                 if not os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
@@ -1839,7 +2274,9 @@ class SessionFile:
         messages: list[Message] = []
         roles = ["system", "user"]
         for count, line in enumerate(io.BytesIO(self._file.readall()), 1):
-            with foreign(f"{self._path} is no session of llmchat: line {count}: {{}}. Name another file."):
+            with foreign(
+                f"{self._path} is no session of llmchat: line {count}: {{}}. Name another file."
+            ):
                 message = json.loads(line)
                 if not isinstance(message, dict) or message.get("role") not in roles:
                     raise ValueError(f"this is no message with the role {' or '.join(roles)}")
@@ -1859,13 +2296,16 @@ class SessionFile:
         if messages == self.messages:
             return
         with foreign(f"{self._path} could not be written: {{}}. /save FILE may."):
-            replaced, self._file = self._file, replace_file(self._path, as_lines(messages), locked=True)
+            replaced, self._file = (
+                self._file,
+                replace_file(self._path, as_lines(messages), locked=True),
+            )
         replaced.close()
         self.messages = list(messages)
 
 
 @dataclasses.dataclass
-class KeptChats:
+class SavedChats:
     """The last conversations, each in a session file named by its time and its model, readable by the user alone."""
 
     # States are large, and a chat hardly ever goes on with any but the last of its model.
@@ -1883,31 +2323,44 @@ class KeptChats:
         return [file for _, file in sorted(files, reverse=True)]
 
     @staticmethod
-    def _quoted(model: str) -> str:
+    def _name_for_model(model: str) -> str:
         """Return a model as the name of a file has it, the same wherever the program is started."""
         folder = Path(os.path.expanduser(model))
         # A name has room for 255 bytes, also that of the state while it is written.
         return quote(str(folder.resolve()) if folder.is_dir() else model, safe="")[-180:]
 
-    def begin(self, model: str) -> SessionFile:
+    def create(self, model: str) -> SessionFile:
         """Begin a file; the oldest of too many go. Raises `ChatError`."""
-        with foreign(f"{self.folder} can't be used to keep conversations: {{}}. Mend that, or start with --no-keep."):
+        with foreign(
+            f"{self.folder} can't be used to keep conversations: {{}}. Mend that, or start with --no-keep."
+        ):
             self.folder.mkdir(mode=0o700, exist_ok=True)
             files = self._files()
-            states = [state for file in files[self.STATES - 1 :] for state in self.folder.glob(f"{file.name}.*")]
+            states = [
+                state
+                for file in files[self.STATES - 1 :]
+                for state in self.folder.glob(f"{file.name}.*")
+            ]
             for file in [*states, *files[self.MOST - 1 :]]:
                 file.unlink(missing_ok=True)
-        return SessionFile(self.folder / f"{datetime.now():%Y-%m-%d %H.%M.%S.%f} {self._quoted(model)}.jsonl")
+        return SessionFile(
+            self.folder
+            / f"{datetime.now():%Y-%m-%d %H.%M.%S.%f} {self._name_for_model(model)}.jsonl"
+        )
 
-    def latest(self, model: str | None, warn: Callable[[str], None]) -> tuple[SessionFile, str]:
+    def open_latest(
+        self, model: str | None, warn: Callable[[str], None]
+    ) -> tuple[SessionFile, str]:
         """Return the last conversation, of this model if one is named, and its model. Raises `ChatError`."""
-        for file in self._files(self._quoted(model) if model else "*"):
+        for file in self._files(self._name_for_model(model) if model else "*"):
             if file.stat().st_size:
                 try:
                     return SessionFile(file), model or unquote(file.stem.rpartition(" ")[2])
                 except ChatError as error:
                     warn(f"Passed over: {error}")
-        raise ChatError(f"There is no conversation{f' with {model}' if model else ''} in {self.folder} to go on with.")
+        raise ChatError(
+            f"There is no conversation{f' with {model}' if model else ''} in {self.folder} to go on with."
+        )
 
 
 class PromptHistory:
@@ -1935,7 +2388,9 @@ class PromptHistory:
         if size > 2 * self.BYTES or len(lines) > 2 * self.ENTRIES:
             replace_file(self._path, b"".join(kept)).close()
         texts = (line.decode(errors="replace").rstrip("\n") for line in kept)
-        prompts = [re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text) for text in texts]
+        prompts = [
+            re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text) for text in texts
+        ]
         self._last = prompts[-1] if prompts else ""
         return prompts
 
@@ -1946,7 +2401,9 @@ class PromptHistory:
         if prompt == self._last or len(line) > self.BYTES:
             return False
         self._last = prompt
-        with open(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+        with open(
+            os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb", buffering=0
+        ) as file:
             size = file.seek(0, os.SEEK_END)
             # On a full disk half a line would be part of the next one.
             if file.write(line) < len(line):
@@ -1961,23 +2418,36 @@ class PromptHistory:
 # What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the bidirectional
 # embeddings, overrides and isolates (https://www.unicode.org/reports/tr9/). Without them no escape sequence
 # is one, so a piece can be cleaned by itself, wherever a sequence was split.
-UNSAFE = dict.fromkeys(
-    [*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+CONTROL_CHARACTERS = dict.fromkeys(
+    [
+        *range(0x09),
+        *range(0x0B, 0x20),
+        *range(0x7F, 0xA0),
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    ]
 )
 
 
-def cleaned(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """Return the text without anything that could drive a terminal."""
-    return text.translate(UNSAFE)
+    return text.translate(CONTROL_CHARACTERS)
 
 
-def width(text: str) -> int:
+def display_width(text: str) -> int:
     """Return the number of columns that a text takes on a terminal."""
     marks = sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
     return len(text) - marks + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
-GREEN, RED, DIM, BOLD, CODE, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[1m", "\x1b[36m", "\x1b[0m"
+GREEN, RED, DIM, BOLD, CODE, PLAIN = (
+    "\x1b[32m",
+    "\x1b[31m",
+    "\x1b[2m",
+    "\x1b[1m",
+    "\x1b[36m",
+    "\x1b[0m",
+)
 ERASE_BELOW = "\x1b[J"
 
 
@@ -2028,7 +2498,7 @@ class WordWrap:
         if code or begun.startswith("|") or not word:
             return ends + self._in_style(CODE * code) + blanks + word
         self._heading |= bool(not self._column and re.fullmatch("#{1,6}", word))
-        taken = width(word)
+        taken = display_width(word)
         if self._column and self._column + len(blanks) + taken > columns >= taken:
             blanks, self._column = "\n", taken
         else:
@@ -2053,7 +2523,9 @@ class WordWrap:
             # Within a word it is a power, if it ends nothing.
             elif part == "**" and not quotes and (bold or not before[-1:].isalnum()):
                 self._bold = not bold
-            style = BOLD * (bold or self._bold or self._heading) + CODE * bool(quotes or self._quotes)
+            style = BOLD * (bold or self._bold or self._heading) + CODE * bool(
+                quotes or self._quotes
+            )
             marked += self._in_style(style) + part
         return marked
 
@@ -2064,7 +2536,7 @@ class WordWrap:
 
 
 # Before a line tells what is going on, and between two looks at it.
-PATIENCE_S, TICK_S = 0.3, 0.1
+STATUS_DELAY_S, STATUS_INTERVAL_S = 0.3, 0.1
 
 
 class Screen:
@@ -2073,10 +2545,10 @@ class Screen:
     Thoughts are shown where somebody watches. Elsewhere they are left out.
     """
 
-    def __init__(self, stdout: TextIO, stderr: TextIO, watched: bool) -> None:
+    def __init__(self, stdout: TextIO, stderr: TextIO, interactive: bool) -> None:
         self._stdout, self._stderr = stdout, stderr
         # Somebody watches, and is to see thoughts too.
-        self.watched = watched
+        self.interactive = interactive
         self.dumb = os.environ.get("TERM", "dumb") == "dumb"
         self.styled = not (self.dumb or os.environ.get("NO_COLOR"))
         self.hide_thoughts = self.plain = False
@@ -2091,34 +2563,34 @@ class Screen:
         """Put text into the session."""
         print(text, end="", file=self._stdout, flush=True)
 
-    def hint(self, text: str) -> None:
+    def write_stderr(self, text: str) -> None:
         """Put text beside the session, on standard error."""
         print(text, end="", file=self._stderr, flush=True)
 
-    def note(self, text: str, colour: str = DIM) -> None:
+    def notice(self, text: str, colour: str = DIM) -> None:
         """Tell the user something that is not part of the session, dim on a terminal; what went wrong is `RED`."""
-        self.end_wait()
-        text = cleaned(text)
+        self.clear_status()
+        text = strip_control_characters(text)
         if self._stderr.isatty():
             wrap = WordWrap(self._columns, style=colour * self.styled)
             text = wrap.feed(text) + wrap.flush()
-        self.hint(text + "\n")
+        self.write_stderr(text + "\n")
 
-    def wait(self, doing: Callable[[], str]) -> None:
+    def show_status(self, doing: Callable[[], str]) -> None:
         """Have a line tell what is going on, until anything else is shown; `doing` is asked again and again."""
-        self.end_wait()
+        self.clear_status()
         over = self._over = threading.Event()
 
         def tick() -> None:
-            over.wait(PATIENCE_S - TICK_S)
-            while not over.wait(TICK_S):
+            over.wait(STATUS_DELAY_S - STATUS_INTERVAL_S)
+            while not over.wait(STATUS_INTERVAL_S):
                 self._show_status(doing())
 
         if self._stderr.isatty():
             self._ticker = threading.Thread(target=tick, daemon=True)
             self._ticker.start()
 
-    def end_wait(self) -> None:
+    def clear_status(self) -> None:
         """Take the line away that tells what is going on."""
         self._over.set()
         # A signal may have come before it was started.
@@ -2131,16 +2603,16 @@ class Screen:
         """Show a piece of a reply. Newlines around thought and answer are replaced by a blank line between."""
         if piece.kind == "notice":
             self.end_reply()
-            self.note(piece.text)
-        elif piece.kind == "thought" and (self.hide_thoughts or not self.watched):
+            self.notice(piece.text)
+        elif piece.kind == "thought" and (self.hide_thoughts or not self.interactive):
             self._hide(piece.text)
-        elif piece.kind != "reading":
-            self.end_wait()
-            self._show_text(piece.kind, cleaned(piece.text))
+        elif piece.kind != "prefill":
+            self.clear_status()
+            self._show_text(piece.kind, strip_control_characters(piece.text))
 
     def end_reply(self) -> None:
         """Finish the line of a reply, if there was one."""
-        self.end_wait()
+        self.clear_status()
         self._end_section("\n")
         self._since_s = 0.0
 
@@ -2150,18 +2622,20 @@ class Screen:
 
     def _show_status(self, text: str) -> None:
         # It is kept narrow, as only one row can be taken back.
-        text = cleaned(text)[: self._columns() - 1]
+        text = strip_control_characters(text)[: self._columns() - 1]
         if text != self._status:
             row = text.ljust(len(self._status))
-            self.hint("\r" + (f"{DIM}{row}{PLAIN}" if self.styled else row) + "\r" * (not text))
+            self.write_stderr(
+                "\r" + (f"{DIM}{row}{PLAIN}" if self.styled else row) + "\r" * (not text)
+            )
             self._status = text
 
     def _hide(self, text: str) -> None:
         """Show that the model thinks, and in the end how long it did."""
         if text.strip() and not self._since_s:
             self._since_s = time.monotonic()
-            self.wait(lambda: f"thinking: {time.monotonic() - self._since_s:.0f} s")
-            if self.watched:
+            self.show_status(lambda: f"thinking: {time.monotonic() - self._since_s:.0f} s")
+            if self.interactive:
                 self._begin_section("hidden")
 
     def _show_text(self, kind: str, text: str) -> None:
@@ -2173,7 +2647,7 @@ class Screen:
         self.write(self._wrap.feed(text))
 
     def _begin_section(self, kind: str) -> None:
-        labelled = self.watched and not self.styled and "thought" in (kind, self._kind)
+        labelled = self.interactive and not self.styled and "thought" in (kind, self._kind)
         self._end_section("\n\n")
         self._kind, terminal = kind, self._stdout.isatty()
         styled = terminal and self.styled and kind == "answer" and not self.plain
@@ -2196,26 +2670,28 @@ class Screen:
 BURST_S = 0.03
 
 # An Esc that comes so soon after a reply was meant to stop it.
-LATE_S = 1.0
+LATE_ESCAPE_S = 1.0
 
 # Have the terminal put marks around pastes, or no longer; these marks; and a key of no keyboard, to redraw the line.
-MARK_PASTES, LEAVE_PASTES = b"\x1b[?2004h", b"\x1b[?2004l"
-PASTE_BEGINS, PASTE_ENDS, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
+PASTE_MODE_ON, PASTE_MODE_OFF = b"\x1b[?2004h", b"\x1b[?2004l"
+PASTE_START, PASTE_END, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
 
 # Libedit writes past its buffer in a line of about 4,500 characters: a longer run than this is pasted, not typed.
-LONGEST_TYPED = 500
+MAX_TYPED_RUN = 500
 
 # Such a run of text, without control keys; lines that come in one burst; and the next of the keys that wait: a marked
 # paste, or what is before one or ends a line, which Alt+Enter doesn't.
-LONG_TEXT = rb"(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]){%d,}" % (LONGEST_TYPED + 1)
+LONG_TEXT = rb"(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]){%d,}" % (MAX_TYPED_RUN + 1)
 LINES = rb"(?s:.*[\r\n].*[^\r\n])"
-NEXT_KEYS = re.compile(rb"\x1b\[200~((?s:.*?))(?:\x1b\[201~|\Z)|(?:\x1b[\r\n]|(?!\x1b\[200~)[^\r\n])*[\r\n]?")
+NEXT_KEYS = re.compile(
+    rb"\x1b\[200~((?s:.*?))(?:\x1b\[201~|\Z)|(?:\x1b[\r\n]|(?!\x1b\[200~)[^\r\n])*[\r\n]?"
+)
 
 # Between two looks at an editor, which says to nobody when it begins to read and when it has ended a line.
 POLL_S = 0.001
 
 
-class Keyboard:
+class TerminalProxy:
     """Stands between the terminal and the line editor, so that every key passes one place.
 
     The editor reads from a pseudo-terminal, which it is given in place of standard input. Until it reads, keys wait
@@ -2239,7 +2715,7 @@ class Keyboard:
         """Take the terminal over; `close` gives it back, also if a signal breaks this off."""
         self._stdin = self._input.fileno()
         self._terminal = os.dup(self._stdin)
-        self._editor, self._end = os.openpty()
+        self._editor, self._show_ending = os.openpty()
         os.set_blocking(self._editor, False)
         self._woken, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -2247,8 +2723,8 @@ class Keyboard:
         with contextlib.suppress(termios.error):
             termios.tcdrain(self._terminal)
         self._found = termios.tcgetattr(self._terminal)
-        termios.tcsetattr(self._end, termios.TCSANOW, self._found)
-        os.dup2(self._end, self._stdin)
+        termios.tcsetattr(self._show_ending, termios.TCSANOW, self._found)
+        os.dup2(self._show_ending, self._stdin)
         self.set_modes()
         self._thread.start()
 
@@ -2263,8 +2739,8 @@ class Keyboard:
         os.dup2(self._terminal, self._stdin)
         with contextlib.suppress(termios.error, OSError):
             termios.tcsetattr(self._terminal, termios.TCSANOW, found)
-            os.write(self._terminal, LEAVE_PASTES * (not self._dumb))
-        for descriptor in (self._terminal, self._editor, self._end, self._woken):
+            os.write(self._terminal, PASTE_MODE_OFF * (not self._dumb))
+        for descriptor in (self._terminal, self._editor, self._show_ending, self._woken):
             os.close(descriptor)
 
     def set_modes(self, signum: int = 0, frame: object = None) -> None:
@@ -2276,18 +2752,23 @@ class Keyboard:
             modes[0] &= ~(termios.ICRNL | termios.IXON)
             modes[3] = modes[3] & ~(termios.ECHO | termios.ICANON | termios.IEXTEN) | termios.NOFLSH
             termios.tcsetattr(self._terminal, termios.TCSANOW, modes)
-            os.write(self._terminal, MARK_PASTES * (not self._dumb))
+            os.write(self._terminal, PASTE_MODE_ON * (not self._dumb))
             size = fcntl.ioctl(self._terminal, termios.TIOCGWINSZ, bytes(8))
             fcntl.ioctl(self._editor, termios.TIOCSWINSZ, size)
             if signum == signal.SIGCONT and self._feeding:
                 os.write(self._editor, REDRAW_KEY)
 
     @contextlib.contextmanager
-    def feeding(self, keys: bytes) -> Iterator[None]:
+    def reading(self, keys: bytes) -> Iterator[None]:
         """Hand keys on to the line editor while it reads: these, those that wait, and what is typed."""
         try:
             with self._lock:
-                self._sending, self._feeding, self.given, self._since_s = keys, True, b"", time.monotonic()
+                self._sending, self._feeding, self.given, self._since_s = (
+                    keys,
+                    True,
+                    b"",
+                    time.monotonic(),
+                )
             os.write(self._wake, b"\0")
             yield
         except KeyboardInterrupt:
@@ -2297,7 +2778,7 @@ class Keyboard:
         finally:
             self._feeding = False
 
-    def holds_keys(self) -> bool:
+    def has_typed_ahead(self) -> bool:
         """Tell if keys wait for the editor."""
         return bool(self._sending or self._waiting or select.select([self._terminal], [], [], 0)[0])
 
@@ -2305,7 +2786,9 @@ class Keyboard:
         """Take keys from the terminal and hand them on, until `close`."""
         while True:
             due = self._feeding and (self._sending or self._waiting)
-            readable, _, _ = select.select([self._woken, self._terminal], [], [], POLL_S if due else None)
+            readable, _, _ = select.select(
+                [self._woken, self._terminal], [], [], POLL_S if due else None
+            )
             if self._woken in readable and not os.read(self._woken, 64):
                 return
             if self._terminal in readable:
@@ -2329,10 +2812,10 @@ class Keyboard:
         data = re.sub(rb"\x1b(?=\x1b\[200~)|\x1b\Z", b"", keys)
         if data != keys and not self._feeding:
             self.on_escape()
-        elif keys.endswith(b"\x1b") and time.monotonic() - self._since_s > LATE_S:
+        elif keys.endswith(b"\x1b") and time.monotonic() - self._since_s > LATE_ESCAPE_S:
             self._escape = b"\x1b"
-        if PASTE_BEGINS not in data:
-            data = re.sub(unmarked, PASTE_BEGINS + rb"\g<0>" + PASTE_ENDS, data)
+        if PASTE_START not in data:
+            data = re.sub(unmarked, PASTE_START + rb"\g<0>" + PASTE_END, data)
         # Ctrl+D in a reply is not meant to leave when it ends.
         self._waiting += data if self._feeding else data.replace(b"\x04", b"")
 
@@ -2347,8 +2830,8 @@ class Keyboard:
 
     def _has_more(self, data: bytes) -> bool:
         """Tell if more belongs to these keys: the rest of a paste, of a burst, or of a key that begins with Esc."""
-        in_paste = data.rfind(PASTE_BEGINS) > data.rfind(PASTE_ENDS)
-        in_burst = len(data) > LONGEST_TYPED or re.search(rb"[\r\n].|\x1b$", data, re.DOTALL)
+        in_paste = data.rfind(PASTE_START) > data.rfind(PASTE_END)
+        in_burst = len(data) > MAX_TYPED_RUN or re.search(rb"[\r\n].|\x1b$", data, re.DOTALL)
         wait_s = 1.0 if in_paste else BURST_S if in_burst else 0.0
         return bool(wait_s and select.select([self._terminal], [], [], wait_s)[0])
 
@@ -2395,8 +2878,8 @@ class LineEditor:
 
     def __init__(self, stdin: TextIO, screen: Screen, history: PromptHistory | None = None) -> None:
         self._stdin, self._screen, self._history = stdin, screen, history
-        self.interactive = stdin.isatty() and screen.watched
-        self._keyboard = Keyboard(stdin, screen.dumb, self._as_keys)
+        self.interactive = stdin.isatty() and screen.interactive
+        self._keyboard = TerminalProxy(stdin, screen.dumb, self._as_keys)
         self._readline: Any = None
         self._libedit = False
         # The marks that stand for texts in libedit's lines.
@@ -2417,7 +2900,9 @@ class LineEditor:
         for number in (signal.SIGWINCH, signal.SIGCONT):
             signal.signal(number, self._keyboard.set_modes)
         self._keyboard.open()
-        with foreign("A chat on a terminal needs Python's readline: {}. Take another Python, or ask with -p."):
+        with foreign(
+            "A chat on a terminal needs Python's readline: {}. Take another Python, or ask with -p."
+        ):
             import readline
         self._readline, self._libedit = readline, "libedit" in (readline.__doc__ or "")
         readline.set_auto_history(False)
@@ -2431,7 +2916,7 @@ class LineEditor:
         self._keyboard.close()
 
     @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """Let another program have the terminal, as it was found. Raises `ChatError` where there is none."""
         if not self.interactive:
             raise ChatError("There is no terminal to edit on.")
@@ -2453,46 +2938,60 @@ class LineEditor:
 
         readline.set_completer(offer)
         readline.set_completer_delims(" \n")
-        bindings = [r'"\e[99~": redraw-current-line', "tab: complete", r'"\e[200~": bracketed-paste-begin']
+        bindings = [
+            r'"\e[99~": redraw-current-line',
+            "tab: complete",
+            r'"\e[200~": bracketed-paste-begin',
+        ]
         # Alt+Enter begins a new line; a text that is put into the line is not shown as selected.
         bindings += [r'"\e\C-m": "\C-v\C-j"', "set enable-active-region off"]
         # In a search, readline 8.2 crashes at a key that begins with Ctrl+X: the search ends there.
         bindings += [r'set isearch-terminators "\C-[\C-j\C-x"']
         # It decides by the environment's locale how many bits a character has.
         bindings += ["set convert-meta off", "set input-meta on", "set output-meta on"]
-        for binding in ("bind ^[[99~ ed-redisplay", "bind ^I rl_complete") if self._libedit else bindings:
+        for binding in (
+            ("bind ^[[99~ ed-redisplay", "bind ^I rl_complete") if self._libedit else bindings
+        ):
             readline.parse_and_bind(binding)
 
     def _held(self, text: str) -> str:
         """Return a text as the editor can hold it: in libedit a mark stands for a long one until its line is read."""
         encoding = locale.nl_langinfo(locale.CODESET)
         # Python can't hand the editor characters that the locale doesn't have.
-        text = cleaned(text).encode(encoding, "replace").decode(encoding)
-        if not self._libedit or ("\n" not in text and len(text) <= LONGEST_TYPED):
+        text = strip_control_characters(text).encode(encoding, "replace").decode(encoding)
+        if not self._libedit or ("\n" not in text and len(text) <= MAX_TYPED_RUN):
             return text
-        return self._marks.setdefault(text, f"[{len(self._marks) + 1}: {shortened(text, 30)} {len(text)} characters]")
+        return self._marks.setdefault(
+            text, f"[{len(self._marks) + 1}: {shorten(text, 30)} {len(text)} characters]"
+        )
 
     def _as_keys(self, text: str) -> bytes:
         """Return the keys that put a text into the line."""
         keys = self._held(text).encode(errors="replace")
-        return keys if self._libedit else PASTE_BEGINS + keys + PASTE_ENDS
+        return keys if self._libedit else PASTE_START + keys + PASTE_END
 
     def read_line(self, prompt: str, text: str = "") -> str:
         """Read one line; `text` stands in it for editing. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
         if self.interactive:
             return self._edit_line(prompt, text)
         # What a terminal shows of a line that is typed does not reach a pipe: it is shown once more, in its place.
-        typed = self._stdin.isatty() and not self._screen.watched
+        typed = self._stdin.isatty() and not self._screen.interactive
         # Through the pipe the last reply comes a little later.
         time.sleep(BURST_S * typed)
-        (self._screen.hint if typed else self._screen.write)(prompt)
+        (self._screen.write_stderr if typed else self._screen.write)(prompt)
         line = self._stdin.readline()
         if typed:
             columns = os.get_terminal_size(self._stdin.fileno()).columns or 80
-            rows = 1 + (width(prompt + line.rstrip("\n")) - 1) // columns
-            self._screen.hint(f"\r\x1b[{rows}A{ERASE_BELOW}" * (bool(line) and not self._screen.dumb))
+            rows = 1 + (display_width(prompt + line.rstrip("\n")) - 1) // columns
+            self._screen.write_stderr(
+                f"\r\x1b[{rows}A{ERASE_BELOW}" * (bool(line) and not self._screen.dumb)
+            )
         # Where a launcher stands between, the terminal has shown the line already.
-        self._screen.write("" if self._screen.watched else prompt * typed + cleaned(line.rstrip("\n")) + "\n")
+        self._screen.write(
+            ""
+            if self._screen.interactive
+            else prompt * typed + strip_control_characters(line.rstrip("\n")) + "\n"
+        )
         if not line:
             raise EOFError
         return line.rstrip("\n")
@@ -2502,11 +3001,13 @@ class LineEditor:
             # The marks take the colour out of the editor's count of columns. Libedit loses one that nothing follows.
             prompt = f"\x01{GREEN}\x02{prompt.rstrip()}\x01{PLAIN}\x02 "
         try:
-            with self._keyboard.feeding(self._as_keys(text) if text else b""):
+            with self._keyboard.reading(self._as_keys(text) if text else b""):
                 line = input(prompt)
         except BaseException as error:
             # The cursor may stand in the first of several rows.
-            self._screen.write("\n" + ERASE_BELOW * (not self._screen.dumb and not isinstance(error, EOFError)))
+            self._screen.write(
+                "\n" + ERASE_BELOW * (not self._screen.dumb and not isinstance(error, EOFError))
+            )
             # Python's `input` looks at further signals while it raises what the first one did, and then raises this.
             if isinstance(error, SystemError) and error.__cause__:
                 raise error.__cause__ from None
@@ -2518,9 +3019,9 @@ class LineEditor:
     def read_prompt(self, text: str = "") -> str:
         """Read a prompt: a line, a paste, or what is typed between three quotes. Raises like `read_line`."""
         # What was typed ahead is a prompt of its own.
-        if text and self.interactive and (self._is_tall(text) or self._keyboard.holds_keys()):
+        if text and self.interactive and (self._is_tall(text) or self._keyboard.has_typed_ahead()):
             self._readline.add_history(self._held(text))
-            self._screen.note("Press Up to edit the prompt.")
+            self._screen.notice("Press Up to edit the prompt.")
             text = ""
         self._screen.write("\n")
         self._block = ""
@@ -2542,21 +3043,24 @@ class LineEditor:
     def _is_tall(self, text: str) -> bool:
         """Tell if a text would push out of the window what was said before it."""
         columns, rows = os.get_terminal_size(self._stdin.fileno())
-        return sum(1 + width(line) // (columns or 80) for line in text.splitlines()) > (rows or 24) - 4
+        return (
+            sum(1 + display_width(line) // (columns or 80) for line in text.splitlines())
+            > (rows or 24) - 4
+        )
 
     def _is_open(self) -> bool:
         return not self._block.strip()[3:].endswith('"""')
 
-    def typed(self) -> bool:
+    def line_has_text(self) -> bool:
         """Tell if there was something in the prompt when Ctrl+C came."""
         given = self._keyboard.given
         # It may be a whole line that nobody has got yet. Libedit empties its buffer only when it is given a key.
         typed = given.endswith((b"\r", b"\n")) or (given and self._readline.get_line_buffer())
-        return bool(self._block or typed or self._keyboard.holds_keys())
+        return bool(self._block or typed or self._keyboard.has_typed_ahead())
 
-    def remember(self, prompt: str) -> None:
+    def add_to_history(self, prompt: str) -> None:
         """Add a prompt that somebody typed to the history, in the line editor and on disk."""
-        new = self._screen.watched
+        new = self._screen.interactive
         with self._warned_of_history():
             new = new and (self._history is None or self._history.add(prompt))
         if new and self._readline:
@@ -2567,7 +3071,7 @@ class LineEditor:
         try:
             yield
         except OSError as error:
-            self._screen.note(f"Prompts are not kept for another day: {one_line(error)}")
+            self._screen.notice(f"Prompts are not kept for another day: {error_text(error)}")
             self._history = None
 
 
@@ -2599,7 +3103,7 @@ class Signals:
 
     def __init__(self) -> None:
         # The exit status, once a signal has ended the program.
-        self.status = 0
+        self.exit_status = 0
         # Somebody chats; the next press tears what goes on now from its work, or the second does; there was a press.
         self.chatting = self.tearing = self.replying = self.pressed = False
         # There was a Ctrl+C in this reply: a thread knows that while Python waits for the engine.
@@ -2609,11 +3113,13 @@ class Signals:
 
     def __enter__(self) -> Signals:
         # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
-        numbers = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        numbers = [
+            number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+        ]
         self._found = [(number, signal.signal(number, self._handle)) for number in numbers]
         # In a callback of an import Python would print what ends the program, and go on; `leave_if_due` sees to that.
         self._hook = sys.unraisablehook
-        sys.unraisablehook = lambda error: None if self.status else self._hook(error)
+        sys.unraisablehook = lambda error: None if self.exit_status else self._hook(error)
         signal.signal(self.WAKE, lambda *_: None)
         woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -2653,10 +3159,10 @@ class Signals:
         """Ask the reply to stop."""
         self.pressed = True
 
-    def leave_if_due(self) -> None:
+    def exit_if_signalled(self) -> None:
         """End the program if a signal was to do so and a library, most of all in an import, has swallowed that."""
-        if self.status:
-            raise SystemExit(self.status)
+        if self.exit_status:
+            raise SystemExit(self.exit_status)
 
     def _handle(self, signum: int, frame: object) -> None:
         if signum == signal.SIGINT and self.chatting:
@@ -2667,7 +3173,7 @@ class Signals:
                 self.tearing = self.replying = False
                 raise KeyboardInterrupt
         else:
-            self.status = 128 + signum
+            self.exit_status = 128 + signum
             if not self.held:
                 raise KeyboardInterrupt
 
@@ -2695,14 +3201,22 @@ def completions(line: str) -> list[str]:
     if not space:
         wholes = (f"{name} " if arguments else name for name, (arguments, *_) in COMMANDS.items())
     elif word == "/set":
-        wholes = (f"/set {key} " for key, (name, no) in KEYS.items() if OPTIONS[name].scope is CHAT and not no)
+        wholes = (
+            f"/set {key} "
+            for key, (name, no) in KEYS.items()
+            if OPTIONS[name].scope is CHAT and not no
+        )
     elif word in ("/save", "/file"):
         # Only /file takes several, and it splits them at spaces.
         start = rest.rpartition(" ")[2] if word == "/file" else rest
         head = line[: len(line) - len(start) + start.rfind("/") + 1]
         found = sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*"))
         wholes = (head + os.path.basename(name) + "/" * os.path.isdir(name) for name in found)
-    return [whole for whole in wholes if whole.startswith(line) and cleaned(whole) == whole]
+    return [
+        whole
+        for whole in wholes
+        if whole.startswith(line) and strip_control_characters(whole) == whole
+    ]
 
 
 def read_texts(patterns: Iterable[str]) -> list[str]:
@@ -2710,11 +3224,15 @@ def read_texts(patterns: Iterable[str]) -> list[str]:
     texts = []
     for pattern in patterns:
         path = os.path.expanduser(pattern)
-        names = [path] if os.path.exists(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        names = (
+            [path]
+            if os.path.exists(path)
+            else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        )
         if not names:
-            raise ChatError(f"There is no file {shortened(pattern)}: nothing is added.")
+            raise ChatError(f"There is no file {shorten(pattern)}: nothing is added.")
         for name in names:
-            with foreign(f"{shortened(name)} can't be read as text: {{}}. Nothing is added."):
+            with foreign(f"{shorten(name)} can't be read as text: {{}}. Nothing is added."):
                 text = Path(name).read_text(encoding="utf-8-sig").strip()
                 if "\0" in text:
                     raise ValueError("it holds zeros")
@@ -2728,13 +3246,17 @@ def put_in_clipboard(text: str, screen: Screen) -> str:
     Returns what was done. Raises `ChatError`.
     """
     data = text.encode(errors="replace")
-    programs = {"pbcopy": "HOME", "wl-copy": "WAYLAND_DISPLAY", "xclip -selection clipboard": "DISPLAY"}
+    programs = {
+        "pbcopy": "HOME",
+        "wl-copy": "WAYLAND_DISPLAY",
+        "xclip -selection clipboard": "DISPLAY",
+    }
     # Within tmux an OSC 52 of a program's own is dropped by default; this has tmux itself send one.
     programs["tmux load-buffer -w -"] = "TMUX"
     for words in (program.split() for program, needs in programs.items() if os.environ.get(needs)):
         if shutil.which(words[0]) and not subprocess.run(words, input=data, check=False).returncode:
             return f"{len(text)} characters are copied."
-    if not screen.watched:
+    if not screen.interactive:
         raise ChatError("There is no clipboard here.")
     screen.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
     return f"{len(text)} characters went to the terminal, to be copied."
@@ -2749,7 +3271,7 @@ class Chat:
     editor: LineEditor
     settings: Settings
     session: SessionFile | None = None
-    kept: KeptChats | None = None
+    kept: SavedChats | None = None
     signals: Signals = dataclasses.field(default_factory=Signals)
     # The texts of files that go before the next prompt.
     files: list[str] = dataclasses.field(default_factory=list)
@@ -2763,84 +3285,92 @@ class Chat:
 
     def welcome(self) -> None:
         """Say how to go on, and with which conversation."""
-        if self.screen.watched:
+        if self.screen.interactive:
             hosts = f"on {self.conversation.hosts.size} hosts · quit leaves"
             leave = "quit or Ctrl+D leaves" if self.editor.interactive else hosts
-            self.screen.note(f"{Path(str(self.settings.model)).name} · /help lists the commands · {leave}")
+            self.screen.notice(
+                f"{Path(str(self.settings.model)).name} · /help lists the commands · {leave}"
+            )
         if self.session and (turns := self.conversation.messages):
             count = f"{len(turns) // 2} turn{'s' * (len(turns) > len('ab'))}"
-            day = self.session.written.date()
-            moment = f"{'today' if day == datetime.now().date() else day}, {self.session.written:%H:%M}"
-            self.screen.note(f"Going on with {count} of {self.settings.session or moment}.")
-            if self.screen.watched:
+            day = self.session.modified.date()
+            moment = (
+                f"{'today' if day == datetime.now().date() else day}, {self.session.modified:%H:%M}"
+            )
+            self.screen.notice(f"Going on with {count} of {self.settings.session or moment}.")
+            if self.screen.interactive:
                 # Files may stand before a prompt.
                 prompt, reply = (message["content"] for message in turns[-2:])
-                self.screen.note("\n".join([*prompt.splitlines()[-SHOWN_LINES:], reply]))
+                self.screen.notice("\n".join([*prompt.splitlines()[-SHOWN_LINES:], reply]))
 
     def run(self) -> None:
         """Talk until the user leaves."""
         prompt, leaving = "", False
         while prompt.lower().removeprefix("/") not in LEAVE_WORDS:
             if prompt:
-                self._respond(prompt)
+                self._handle_prompt(prompt)
             try:
                 prompt, leaving = self._read(), False
             except EOFError:
                 break
             except KeyboardInterrupt:
-                self.signals.leave_if_due()
-                again, leaving = leaving, not self.editor.typed()
+                self.signals.exit_if_signalled()
+                again, leaving = leaving, not self.editor.line_has_text()
                 if again and leaving:
                     break
                 if leaving:
-                    self.screen.note("Press Ctrl+C again to leave, or type quit.")
+                    self.screen.notice("Press Ctrl+C again to leave, or type quit.")
                 prompt = ""
         self.screen.write("Goodbye!\n")
 
     def _read(self) -> str:
         draft, self.draft = self.draft, ""
-        self.signals.leave_if_due()
+        self.signals.exit_if_signalled()
         with self.signals.tearable():
             self.signals.pressed = False
             # A prompt that starts with a slash is typed with two.
             return self.editor.read_prompt("/" * draft.startswith("/") + draft)
 
-    def _respond(self, prompt: str) -> None:
-        self.editor.remember(prompt)
+    def _handle_prompt(self, prompt: str) -> None:
+        self.editor.add_to_history(prompt)
         try:
-            self._obey(prompt)
+            self._dispatch(prompt)
         except ChatError as error:
-            self.signals.leave_if_due()
+            self.signals.exit_if_signalled()
             # An error is said, and the chat goes on, but where other hosts don't know of it.
             if isinstance(error, EngineError) and self.conversation.hosts.size > 1:
                 raise
-            self._complain(error)
+            self._show_error(error)
         except KeyboardInterrupt:
-            self.signals.leave_if_due()
+            self.signals.exit_if_signalled()
             self.screen.end_reply()
-            self.screen.note("Stopped.")
+            self.screen.notice("Stopped.")
         self._keep()
 
-    def _complain(self, error: ChatError) -> None:
+    def _show_error(self, error: ChatError) -> None:
         self.screen.end_reply()
-        self.screen.note(str(error), RED)
+        self.screen.notice(str(error), RED)
         self.failed = True
 
-    def _obey(self, prompt: str) -> None:
+    def _dispatch(self, prompt: str) -> None:
         word, rest = [*prompt.split(None, 1), ""][:2]
         word = "/help" if word == "/?" else word.lower()
         # A pasted block is never a command; a system prompt may have several lines.
         if not re.fullmatch(r"/[a-z]+", word) or ("\n" in prompt and word != "/system"):
-            self.say(prompt[1:] if prompt.startswith("//") else prompt)
+            self.send(prompt[1:] if prompt.startswith("//") else prompt)
         elif word not in COMMANDS:
             hint = did_you_mean(word, COMMANDS) or "; /help lists them."
-            raise ChatError(f"There is no command {word}{hint} To send a line that starts with /, type //.")
+            raise ChatError(
+                f"There is no command {word}{hint} To send a line that starts with /, type //."
+            )
         elif rest and not COMMANDS[word][0]:
-            raise ChatError(f"{word} takes no text: nothing was done. To send a line that starts with /, type //.")
+            raise ChatError(
+                f"{word} takes no text: nothing was done. To send a line that starts with /, type //."
+            )
         else:
             COMMANDS[word][2](self, rest.strip())
 
-    def say(self, prompt: str) -> None:
+    def send(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
         # A prompt that was refused, stopped at once, or that the engine failed on stands in the next line.
         self.draft, before = prompt, self.conversation.messages
@@ -2855,12 +3385,14 @@ class Chat:
                 self.files, self.draft = [], ""
                 self._keep()
 
-    def say_once(self, prompt: str) -> int:
+    def answer_once(self, prompt: str) -> int:
         """Show the one reply; return the exit status. Raises `ChatError`, also for a thought without an answer."""
-        self.say(prompt)
+        self.send(prompt)
         reply = self.conversation.messages[-1]
         if "finish_reason" in reply and not reply["content"]:
-            raise ChatError("The reply ended within its thought: --max-thought-tokens closes that sooner.")
+            raise ChatError(
+                "The reply ended within its thought: --max-thought-tokens closes that sooner."
+            )
         if not reply["content"].strip():
             raise ChatError("The reply holds no answer: ask again, or in other words.")
         return int(self.failed)
@@ -2870,48 +3402,56 @@ class Chat:
         turns = [*self.conversation.messages, *asked]
         try:
             if self.session is None and self.kept and turns:
-                self.session = self.kept.begin(str(self.settings.model))
+                self.session = self.kept.create(str(self.settings.model))
             if self.session:
                 # A system prompt by itself is no conversation to go on with.
-                self.session.save(self.settings.with_system(turns) if turns or self.settings.session else [])
+                self.session.save(
+                    self.settings.with_system(turns) if turns or self.settings.session else []
+                )
             self.unkept = False
         except ChatError as error:
             if not self.unkept:
-                self._complain(error)
+                self._show_error(error)
             self.unkept = True
 
     def close(self) -> None:
         """Keep the engine's state beside the session, if that is wanted."""
         if not (self.settings.keep_state and self.session):
             return
-        self.screen.wait(lambda: "keeping the state")
+        self.screen.show_status(lambda: "keeping the state")
         try:
-            self.conversation.keep_state(self.session.state)
+            self.conversation.keep_state(self.session.state_path)
         except Exception as error:
             # Only time is lost, and it must not hide why the chat is left, perhaps with the terminal gone.
             with contextlib.suppress(OSError):
-                self.screen.note(f"The state is not kept: {reason(error)}.")
+                self.screen.notice(f"The state is not kept: {root_cause_text(error)}.")
 
     def _set_aside(self) -> None:
         """Keep the conversation as it is on disk now in a file of its own: what follows is another one."""
         turns = self.conversation.messages
         # Of one that nothing was added to, a copy is enough.
         if self.session and self.session.messages and self.kept and turns != self.aside:
-            with contextlib.closing(self.kept.begin(str(self.settings.model))) as aside:
+            with contextlib.closing(self.kept.create(str(self.settings.model))) as aside:
                 aside.save(self.session.messages)
             self.aside = turns
 
     def _show(self, pieces: Generator[Piece, None, None]) -> None:
-        self.screen.hide_thoughts, self.screen.plain = self.settings.hide_thoughts, self.settings.plain
+        self.screen.hide_thoughts, self.screen.plain = (
+            self.settings.hide_thoughts,
+            self.settings.plain,
+        )
         doing, signals = "reading the prompt", self.signals
-        wait = functools.partial(self.screen.wait, lambda: "stopping..." if signals.pressed or signals.seen else doing)
+        wait = functools.partial(
+            self.screen.show_status,
+            lambda: "stopping..." if signals.pressed or signals.seen else doing,
+        )
         signals.seen = False
         wait()
         # To close a reply is to stop it.
         with signals.tearable(), contextlib.closing(pieces):
             for piece in pieces:
                 signals.tearing, signals.replying = False, True
-                if piece.kind == "reading" and piece.text:
+                if piece.kind == "prefill" and piece.text:
                     doing = f"reading the prompt: {piece.text}"
                 self.screen.show(piece)
                 if piece.kind == "notice":
@@ -2919,32 +3459,34 @@ class Chat:
                 if signals.pressed:
                     break
         self.screen.end_reply()
-        self._end(self.conversation.statistics)
+        self._show_ending(self.conversation.statistics)
 
-    def _end(self, statistics: Statistics) -> None:
+    def _show_ending(self, statistics: Statistics) -> None:
         """Say how a reply ended, where that is not plain to see."""
         reply: Message = self.conversation.messages[-1] if self.conversation.messages else {}
         ended, said = statistics.finish_reason, statistics.generation_tokens
         goes_on = "/continue goes on"
-        if statistics.room <= 0:
+        if statistics.remaining_tokens <= 0:
             goes_on = "the context is full"
         elif self.settings.prompt is not None:
             goes_on = "--max-tokens allows more"
         elif "reasoning_content" in reply and not reply["content"]:
             goes_on = "/continue goes on, /answer ends the thought"
         if self.signals.pressed and ended != "stop":
-            self.screen.note(f"Stopped; {goes_on}." if said else "Stopped.")
+            self.screen.notice(f"Stopped; {goes_on}." if said else "Stopped.")
         elif ended == "length":
-            self.screen.note(f"Cut at {statistics.answer_tokens or said} tokens; {goes_on}.")
+            self.screen.notice(f"Cut at {statistics.answer_tokens or said} tokens; {goes_on}.")
         elif ended == "stop" and not reply["content"].strip():
-            self.screen.note("(an empty reply)")
+            self.screen.notice("(an empty reply)")
         if ended and self.settings.stats:
-            self.screen.note(statistics.line())
+            self.screen.notice(statistics.summary())
 
     @command()
     def _help(self, rest: str) -> None:
         """List the commands."""
-        commands = [(f"{name} {arguments}", does) for name, (arguments, does, _) in COMMANDS.items()]
+        commands = [
+            (f"{name} {arguments}", does) for name, (arguments, does, _) in COMMANDS.items()
+        ]
         self._write_table([*commands, *KEYS_HELP])
 
     @command()
@@ -2952,7 +3494,7 @@ class Chat:
         """Start a new conversation; /undo brings this one back."""
         self._set_aside()
         self.conversation.clear()
-        self.screen.note("A new conversation.")
+        self.screen.notice("A new conversation.")
 
     @command()
     def _retry(self, rest: str) -> None:
@@ -2963,17 +3505,19 @@ class Chat:
     def _undo(self, rest: str) -> None:
         """Take the last turn back and edit its prompt."""
         self.draft = self.conversation.undo()
-        self.screen.note("The last turn is taken back." if self.draft else "The conversation is back.")
+        self.screen.notice(
+            "The last turn is taken back." if self.draft else "The conversation is back."
+        )
 
     @command()
     def _continue(self, rest: str) -> None:
         """Go on with a reply that was cut or stopped."""
-        self._show(self.conversation.resume())
+        self._show(self.conversation.continue_reply())
 
     @command()
     def _answer(self, rest: str) -> None:
         """Close a thought that was cut or stopped: the answer begins."""
-        self._show(self.conversation.resume(answer=True))
+        self._show(self.conversation.continue_reply(answer=True))
 
     @command("[TEXT]")
     def _system(self, rest: str) -> None:
@@ -2981,7 +3525,9 @@ class Chat:
         if rest:
             self._set(f"system {'default' if rest == '-' else rest}")
         else:
-            self.screen.write(f"{cleaned(self.settings.system or 'There is no system prompt.')}\n")
+            self.screen.write(
+                f"{strip_control_characters(self.settings.system or 'There is no system prompt.')}\n"
+            )
 
     @command("[KEY VALUE]")
     def _set(self, rest: str) -> None:
@@ -2990,20 +3536,26 @@ class Chat:
         name = KEYS.get(key.lower().replace("_", "-"), ("", False))[0]
         if not value and (name or not key):
             rows = []
-            for each in [name] if name else [each for each in OPTIONS if OPTIONS[each].scope is CHAT]:
-                value = cleaned(shown_value(getattr(self.settings, each)))
-                rows.append((each.replace("_", "-"), value, self.settings.sources.get(each, "default")))
+            for each in (
+                [name] if name else [each for each in OPTIONS if OPTIONS[each].scope is CHAT]
+            ):
+                value = strip_control_characters(format_value(getattr(self.settings, each)))
+                rows.append(
+                    (each.replace("_", "-"), value, self.settings.sources.get(each, "default"))
+                )
             self._write_table(rows)
             return
         if name == "system":
             self._set_aside()
         with foreign(f"{key} {{}}"):
-            name = self.settings.change(key, value.strip(), "here", [CHAT])
+            name = self.settings.set_from_text(key, value.strip(), "here", [CHAT])
         if name == "seed":
             self.conversation.seed(self.settings.seed)
-        self.screen.note(f"{name.replace('_', '-')} = {shown_value(getattr(self.settings, name))}")
-        if name == "think" and (doubt := self.conversation.doubt()):
-            self.screen.note(doubt)
+        self.screen.notice(
+            f"{name.replace('_', '-')} = {format_value(getattr(self.settings, name))}"
+        )
+        if name == "think" and (doubt := self.conversation.thinking_note()):
+            self.screen.notice(doubt)
 
     @command("[on|off]")
     def _stats(self, rest: str) -> None:
@@ -3013,22 +3565,24 @@ class Chat:
     @command("[PATH ...]")
     def _file(self, rest: str) -> None:
         """Put files before the next prompt; - drops them."""
-        self.screen.wait(lambda: "reading files")
+        self.screen.show_status(lambda: "reading files")
         # A pattern may lead through all of a disk.
-        with self.signals.tearable(), foreign(f"/file {shortened(rest)}: {{}}"):
+        with self.signals.tearable(), foreign(f"/file {shorten(rest)}: {{}}"):
             words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
             self.files = [] if words == ["-"] else self.files + read_texts(words)
         for text in self.files:
-            self.screen.note(f"{text.partition(chr(10))[0]} {self.conversation.measure(text)}")
+            self.screen.notice(
+                f"{text.partition(chr(10))[0]} {self.conversation.describe_size(text)}"
+            )
         if not self.files:
-            self.screen.note("No files wait for the next prompt.")
+            self.screen.notice("No files wait for the next prompt.")
 
     @command("[TEXT]")
     def _edit(self, rest: str) -> None:
         """Edit TEXT, or the last prompt, in $VISUAL or $EDITOR."""
         program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
         before = "".join(message["content"] for message in self.conversation.messages[-2:-1])
-        with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self.editor.lent():
+        with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self.editor.suspended():
             file = Path(folder, "prompt.md")
             file.write_text(rest or before, encoding="utf-8", errors="replace")
             with foreign(f"{program} can't be used to edit: {{}}. Set EDITOR to another one."):
@@ -3050,7 +3604,7 @@ class Chat:
             parts["code"] = parts[f"code {count}"] = block
         if rest not in parts:
             raise ChatError(f"There is no such block of code: the last answer has {len(blocks)}.")
-        self.screen.note(put_in_clipboard(parts[rest], self.screen))
+        self.screen.notice(put_in_clipboard(parts[rest], self.screen))
 
     @command("FILE")
     def _save(self, rest: str) -> None:
@@ -3059,13 +3613,17 @@ class Chat:
             raise ChatError("/save needs the name of a file.")
         if self.conversation.hosts.rank:
             return
-        path = Path(os.path.expanduser(unquoted(rest)))
+        path = Path(os.path.expanduser(strip_quotes(rest)))
         written = as_markdown if path.suffix == ".md" else as_lines
-        with foreign(f"{shortened(rest)} could not be written: {{}}. Name another file."):
+        with foreign(f"{shorten(rest)} could not be written: {{}}. Name another file."):
             if path.exists():
-                raise ChatError(f"{path} is there already, and was not replaced: name another file.")
-            replace_file(path, written(self.settings.with_system(self.conversation.messages))).close()
-        self.screen.note(f"{len(self.conversation.messages)} messages are in {path}.")
+                raise ChatError(
+                    f"{path} is there already, and was not replaced: name another file."
+                )
+            replace_file(
+                path, written(self.settings.with_system(self.conversation.messages))
+            ).close()
+        self.screen.notice(f"{len(self.conversation.messages)} messages are in {path}.")
 
     def _write_table(self, rows: Sequence[Sequence[str]]) -> None:
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -3079,17 +3637,23 @@ def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
     Raises `ChatError` if there is no text, or more than any model can take.
     """
     if launched and text == "-":
-        raise ChatError("mlx.launch never tells where standard input ends: give --prompt the text itself.")
-    piped = "" if stdin.isatty() or launched else stdin.read(MOST_CHARACTERS + 1).strip("\n")
-    if len(piped) > MOST_CHARACTERS:
-        raise ChatError(f"Standard input holds more than {MOST_CHARACTERS} characters: no model can take that.")
+        raise ChatError(
+            "mlx.launch never tells where standard input ends: give --prompt the text itself."
+        )
+    piped = "" if stdin.isatty() or launched else stdin.read(MAX_CHARACTERS + 1).strip("\n")
+    if len(piped) > MAX_CHARACTERS:
+        raise ChatError(
+            f"Standard input holds more than {MAX_CHARACTERS} characters: no model can take that."
+        )
     prompt = piped if text == "-" else "\n\n".join(part for part in (piped, text) if part)
     if not prompt.strip():
         raise ChatError("There is nothing to reply to: give -p a text, or pipe one in.")
     return prompt
 
 
-def open_session(settings: Settings, kept: KeptChats, screen: Screen) -> tuple[SessionFile | None, list[Message], str]:
+def open_session(
+    settings: Settings, kept: SavedChats, screen: Screen
+) -> tuple[SessionFile | None, list[Message], str]:
     """Return the session file, the turns in it, and a last prompt that is still without its reply.
 
     The system prompt comes from the file unless one was given, and so does the model. Raises `ChatError`.
@@ -3098,8 +3662,12 @@ def open_session(settings: Settings, kept: KeptChats, screen: Screen) -> tuple[S
     if settings.session is not None:
         session = SessionFile(Path(os.path.expanduser(settings.session)))
     elif settings.resume:
-        named = full_name(str(settings.model)) if settings.sources.get("model") == "flag" else None
-        session, settings.model = kept.latest(named, screen.note)
+        named = (
+            resolve_model_name(str(settings.model))
+            if settings.sources.get("model") == "flag"
+            else None
+        )
+        session, settings.model = kept.open_latest(named, screen.notice)
     messages = list(session.messages) if session else []
     draft = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else ""
     if messages and messages[0]["role"] == "system":
@@ -3111,64 +3679,92 @@ def open_session(settings: Settings, kept: KeptChats, screen: Screen) -> tuple[S
 def load(settings: Settings, screen: Screen, hosts: Hosts, signals: Signals) -> Model:
     """Load the model that the settings name, and say so in a chat. Raises `ChatError`."""
     if settings.model is None:
-        lines = ["no model is named.", "usage: llmchat MODEL [options]", f"example: llmchat {EXAMPLE_MODEL}"]
-        raise ChatError("\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2)
-    asked, settings.model = settings.model, full_name(settings.model)
+        lines = [
+            "no model is named.",
+            "usage: llmchat MODEL [options]",
+            f"example: llmchat {EXAMPLE_MODEL}",
+        ]
+        raise ChatError(
+            "\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2
+        )
+    asked, settings.model = settings.model, resolve_model_name(settings.model)
     if settings.prompt is None:
-        screen.write(f"Loading model {cleaned(settings.model)}...\n")
-    if asked != settings.model and screen.watched:
-        screen.note(f"{asked} is {settings.model} here.")
+        screen.write(f"Loading model {strip_control_characters(settings.model)}...\n")
+    if asked != settings.model and screen.interactive:
+        screen.notice(f"{asked} is {settings.model} here.")
     loader = Loader(settings, hosts)
-    screen.wait(loader.progress)
+    screen.show_status(loader.progress)
     # MLX aborts the process, and leaves the terminal as it is, if a signal raises while it is imported.
     signals.held = True
-    library("mlx.core")
+    import_library("mlx.core")
     signals.held = False
-    signals.leave_if_due()
+    signals.exit_if_signalled()
     model = loader.load()
-    signals.leave_if_due()
-    screen.end_wait()
+    signals.exit_if_signalled()
+    screen.clear_status()
     if settings.prompt is None:
         screen.write("Model loaded successfully!\n")
     return model
 
 
-def run(settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, signals: Signals) -> int:
+def run(
+    settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, signals: Signals
+) -> int:
     """Load the model, then chat or answer one prompt; return the exit status. Raises `ChatError`."""
-    prompt = None if settings.prompt is None else one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
+    prompt = (
+        None
+        if settings.prompt is None
+        else one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
+    )
     talks = editor.interactive and prompt is None
     if talks:
         # Before the model loads: keys that are typed meanwhile wait for the prompt.
         editor.open(completions, signals.press)
-    kept = KeptChats(Path(os.path.expanduser("~/.llmchat")))
-    session, messages, draft = open_session(settings, kept, screen) if hosts.rank == 0 else (None, [], "")
-    settings.model, settings.system, messages = hosts.share([settings.model, settings.system, messages])
+    kept = SavedChats(Path(os.path.expanduser("~/.llmchat")))
+    session, messages, draft = (
+        open_session(settings, kept, screen) if hosts.rank == 0 else (None, [], "")
+    )
+    settings.model, settings.system, messages = hosts.broadcast(
+        [settings.model, settings.system, messages]
+    )
     # Each of several hosts holds only its part of the state.
     settings.keep_state &= hosts.size == 1
     if draft and not talks:
-        screen.note(f"The last prompt of {settings.session or 'the chat'} got no reply, and is left out: {draft}")
+        screen.notice(
+            f"The last prompt of {settings.session or 'the chat'} got no reply, and is left out: {draft}"
+        )
     # The same command on the same session asks about a document that the conversation has already.
     held = "\n".join(message["content"] for message in messages) if settings.history else ""
     files = [text for text in read_texts(settings.file) if text not in held]
     model = load(settings, screen, hosts, signals)
     conversation = Conversation(model, settings, messages)
-    conversation.state = session.state if session and settings.keep_state else None
+    conversation.state = session.state_path if session and settings.keep_state else None
     keeps = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
-    chat = Chat(conversation, screen, editor, settings, session, kept if keeps else None, signals, files, draft * talks)
-    for note in filter(None, (model.recommended, conversation.doubt())):
-        screen.note(note)
+    chat = Chat(
+        conversation,
+        screen,
+        editor,
+        settings,
+        session,
+        kept if keeps else None,
+        signals,
+        files,
+        draft * talks,
+    )
+    for note in filter(None, (model.recommended, conversation.thinking_note())):
+        screen.notice(note)
     with contextlib.closing(chat):
         if prompt is not None:
-            return chat.say_once(prompt)
+            return chat.answer_once(prompt)
         chat.welcome()
-        if screen.watched and (limit := conversation.bound()[0]) != model.context_length:
-            screen.note(f"The memory has room for a conversation of about {limit} tokens.")
+        if screen.interactive and (limit := conversation.limit()[0]) != model.context_length:
+            screen.notice(f"The memory has room for a conversation of about {limit} tokens.")
         signals.chatting = talks
         chat.run()
     return int(chat.failed and not editor.interactive)
 
 
-def open_streams() -> None:
+def repair_standard_streams() -> None:
     """Stand in for standard streams that were closed, and have the others replace what they can't encode."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
@@ -3179,16 +3775,20 @@ def open_streams() -> None:
 
 
 @contextlib.contextmanager
-def open_stage(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
+def open_terminal(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
     """Give this process its screen and its line editor, and leave the terminal as it was found.
 
     On other hosts than rank 0 nothing is seen.
     """
     out, err = (sys.stdout, sys.stderr) if hosts.rank == 0 else (open(os.devnull, "w"),) * 2
     # mlx.launch sets COLUMNS for the processes that it starts if its own output is a terminal.
-    watched = (sys.stdin.isatty() and out.isatty()) or (hosts.size > 1 and "COLUMNS" in os.environ)
-    screen = Screen(out, err, watched)
-    history = PromptHistory(Path(os.path.expanduser("~/.llmchat_history"))) if hosts.rank == 0 else None
+    interactive = (sys.stdin.isatty() and out.isatty()) or (
+        hosts.size > 1 and "COLUMNS" in os.environ
+    )
+    screen = Screen(out, err, interactive)
+    history = (
+        PromptHistory(Path(os.path.expanduser("~/.llmchat_history"))) if hosts.rank == 0 else None
+    )
     editor = LineEditor(sys.stdin, screen, history)
     try:
         yield screen, editor
@@ -3200,15 +3800,20 @@ def open_stage(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the one place where errors become exit statuses."""
     if sys.version_info < (3, 9):
-        print("llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.", file=sys.stderr)
+        print(
+            "llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.",
+            file=sys.stderr,
+        )
         return 1
-    open_streams()
+    repair_standard_streams()
     hosts, signals, complaint = Hosts(), Signals(), ""
     try:
         with signals:
             hosts = join_hosts()
-            settings = Settings(**hosts.share(vars(read_settings(argv)) if hosts.rank == 0 else None))
-            with open_stage(hosts) as (screen, editor):
+            settings = Settings(
+                **hosts.broadcast(vars(read_settings(argv)) if hosts.rank == 0 else None)
+            )
+            with open_terminal(hosts) as (screen, editor):
                 return run(settings, screen, editor, hosts, signals)
     except ChatError as error:
         complaint, status = str(error), error.status
@@ -3218,22 +3823,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # Python's own flush at exit must not fail once more on a standard output that is gone, or full.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status, complaint = 1, f"Standard input or output can't be used any more: {one_line(error)}."
+        status, complaint = (
+            1,
+            f"Standard input or output can't be used any more: {error_text(error)}.",
+        )
         if isinstance(error, BrokenPipeError):
             status, complaint = 128 + signal.SIGPIPE, ""
     except (Exception, KeyboardInterrupt):
         # What a signal breaks off, an import most of all, may end with any error.
-        if not signals.status:
+        if not signals.exit_status:
             raise
-        status = signals.status
+        status = signals.exit_status
     # A signal is said only where it has a sentence of its own: a download that was stopped.
-    if complaint and signals.status in (0, status):
+    if complaint and signals.exit_status in (0, status):
         if hosts.rank:
             # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
             time.sleep(10.0)
             complaint = f"On {os.uname().nodename}: {complaint}"
-        Screen(sys.stdout, sys.stderr, watched=False).note(f"llmchat: error: {complaint}", RED)
-    return signals.status or status
+        Screen(sys.stdout, sys.stderr, interactive=False).notice(
+            f"llmchat: error: {complaint}", RED
+        )
+    return signals.exit_status or status
 
 
 if __name__ == "__main__":

@@ -826,13 +826,13 @@ def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split() -> None:
         for part in (text[:place], text[place:]):
             screen.show(Piece("answer", part))
         screen.end_reply()
-        screen.note(text, llmchat.RED)
-        screen.note(text)
+        screen.notice(text, llmchat.RED)
+        screen.notice(text)
         shown.add(stdout.getvalue())
         for output in (stdout.getvalue(), stderr.getvalue()):
             assert not wicked.search(output)
     assert shown == {"Look: [2J]52;c;cm0= there\n"}
-    assert llmchat.cleaned("\tschön 👋🏽\n שלום\u200f") == "\tschön 👋🏽\n שלום\u200f"
+    assert llmchat.strip_control_characters("\tschön 👋🏽\n שלום\u200f") == "\tschön 👋🏽\n שלום\u200f"
 
 
 def test_the_history_is_bounded_and_rewritten_only_when_it_has_doubled(tmp_path) -> None:
@@ -919,8 +919,8 @@ class Talk(Conversation):
     """A conversation with a model of a family, which can be checked."""
 
     def __init__(self, model: llmchat.Model, messages=(), **settings: object) -> None:
-        self.model = dataclasses.replace(model, net=Counting(model.net))
-        self.net, self.family = self.model.net, FAMILIES[Path(model.name).name]
+        self.model = dataclasses.replace(model, network=Counting(model.network))
+        self.network, self.family = self.model.network, FAMILIES[Path(model.name).name]
         self.settings = Settings(model=model.name, **settings)
         super().__init__(self.model, self.settings, messages)
 
@@ -933,14 +933,14 @@ class Talk(Conversation):
 
     def cost(self, speak) -> int:
         """Have a reply; return how many tokens went through the network before its own."""
-        before = self.net.tokens
+        before = self.network.tokens
         speak()
         # The engine runs one token ahead: each token of the reply has been put through when it is heard.
-        return self.net.tokens - before - self.statistics.generation_tokens
+        return self.network.tokens - before - self.statistics.generation_tokens
 
     def encoded(self, messages: list[dict], **template) -> list[int]:
         # Not mlx-lm's wrapper, which has ideas of its own of what a template is to be told.
-        return encoded(self.model.tokenizer._tokenizer, messages, **template)
+        return encoded(self.model.template.tokenizer._tokenizer, messages, **template)
 
 
 def hear(pieces, until: str | None = None) -> tuple[str, str]:
@@ -982,7 +982,7 @@ def test_every_reply_is_word_for_word_right_and_costs_its_new_tokens(conversatio
         new = len(prompt) - llmchat.common_prefix(prompt, known)
         assert talk.cost(lambda turn=turn, talk=talk: talk.expect(turn)) <= new + 8
         assert talk.statistics.prompt_tokens - talk.statistics.cached_tokens <= new + 8
-        known = prompt + talk.model.tokenizer.encode(turn.reply(talk.family), add_special_tokens=False)
+        known = prompt + talk.model.template.tokenizer.encode(turn.reply(talk.family), add_special_tokens=False)
         messages += turn.messages()
         if next_turn == "another day":
             talk = gone_on(talk, tmp_path / "state.safetensors", keep=True)
@@ -997,13 +997,13 @@ def test_a_reply_that_was_cut_or_stopped_is_kept_and_goes_on_from_the_live_state
     talk.settings.max_tokens = 512 if cut == "4," else cut
     said = [hear(talk.reply(COUNT.prompt), until=cut if cut == "4," else None)[1]]
     while talk.statistics.finish_reason != "stop":
-        more = talk.resume()
+        more = talk.continue_reply()
         assert talk.cost(lambda more=more: said.append(hear(more)[1])) == 0
     assert "".join(said).replace(" ", "") == COUNT.answer.replace(" ", "")
     assert talk.messages[-1]["content"].endswith(COUNT.answer)
     assert COUNT.thought in str(talk.messages[-1]) or talk.family is FAMILIES["dense"]
     with pytest.raises(ChatError, match="complete"):
-        list(talk.resume())
+        list(talk.continue_reply())
     talk.settings.max_tokens = 512
     talk.expect(THANKS)
     # One that does not go on is kept as far as it was heard.
@@ -1032,15 +1032,15 @@ def test_retry_says_the_last_reply_again_and_undo_takes_it_back(talk) -> None:
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_a_turn_stopped_in_prefill_leaves_no_trace_but_its_state(chunks, talk) -> None:
     talk.expect(HELLO)
-    messages, long, before = talk.messages, "word " * 300, talk.net.tokens
+    messages, long, before = talk.messages, "word " * 300, talk.network.tokens
     pieces = talk.reply(long)
-    assert [next(pieces).kind for _ in range(chunks)] == ["reading"] * chunks
+    assert [next(pieces).kind for _ in range(chunks)] == ["prefill"] * chunks
     pieces.close()
     assert talk.messages == messages
     assert talk.statistics.finish_reason is None
     if talk.family is FAMILIES["dense"]:
         # What was read before the stop need not be read again.
-        read, talk.settings.max_tokens = talk.net.tokens - before, 1
+        read, talk.settings.max_tokens = talk.network.tokens - before, 1
         assert talk.cost(lambda: hear(talk.reply(long))) <= talk.statistics.prompt_tokens - read
         talk.undo()
         talk.settings.max_tokens = 512
@@ -1049,13 +1049,13 @@ def test_a_turn_stopped_in_prefill_leaves_no_trace_but_its_state(chunks, talk) -
 
 @pytest.mark.parametrize("tokens", [1, 45], ids=["prefill", "decode"])
 def test_a_failing_engine_leaves_no_trace(tokens, talk) -> None:
-    talk.net.patience = tokens
+    talk.network.patience = tokens
     with pytest.raises(ChatError, match=r"Out of memory.* smaller model"):
         hear(talk.reply("Count."))
     assert talk.messages == []
     talk.expect(*SAMPLE[:2])
     messages = talk.messages
-    talk.net.patience = 1
+    talk.network.patience = 1
     with pytest.raises(ChatError):
         hear(talk.retry())
     assert talk.messages == messages
@@ -1088,18 +1088,18 @@ def test_what_is_left_of_a_conversation_is_right_when_its_first_turn_is_left_out
     assert talk.statistics.prompt_tokens == whole
     # A reply that goes on another day has its place too.
     assert hear(talk.retry(), until="It is")[1] == "It is"
-    model = dataclasses.replace(talk.model, net=talk.net._network, context_length=whole + 1)
+    model = dataclasses.replace(talk.model, network=talk.network._network, context_length=whole + 1)
     other = Talk(model, talk.messages, max_tokens=1)
-    assert next(other.resume()) == ("notice", Like("The first *no longer fit*"))
+    assert next(other.continue_reply()) == ("notice", Like("The first *no longer fit*"))
 
 
 @pytest.mark.parametrize("full", ["context", "memory"])
 def test_the_oldest_turns_are_left_out_when_the_context_or_the_memory_is_full(full, model) -> None:
-    tokens_in, long = llmchat.PromptCache(model.net).tokens_in, "word " * 200
+    tokens_in, long = llmchat.PromptCache(model.network).capacity_tokens, "word " * 200
     memory_bytes = next(size for size in range(0, 1 << 24, 1 << 12) if tokens_in(size) >= 160)
     limits = {"context_length": 160} if full == "context" else {"memory_bytes": memory_bytes}
     talk = Talk(dataclasses.replace(model, **limits), max_tokens=32)
-    limit, words = talk.bound()
+    limit, words = talk.limit()
     assert words == ("the model's 160 tokens" if full == "context" else f"this machine's memory (about {limit} tokens)")
     notices = []
     for turn in SAMPLE * 2:
@@ -1111,10 +1111,10 @@ def test_the_oldest_turns_are_left_out_when_the_context_or_the_memory_is_full(fu
     with pytest.raises(ChatError, match="too long for") as error:
         list(talk.reply(long))
     assert words in str(error.value) and str(error.value).endswith(", or start with --force.") == (full == "memory")
-    assert talk.measure(long).endswith(f", and doesn't fit {words}")
+    assert talk.describe_size(long).endswith(f", and doesn't fit {words}")
     assert len(talk.messages) == 20
     talk.model.context_length = 150
-    assert talk.bound() == (150, "the model's 150 tokens")
+    assert talk.limit() == (150, "the model's 150 tokens")
 
 
 CHUNKED = {
@@ -1164,8 +1164,8 @@ def test_a_window_that_has_not_wrapped_goes_back_any_number_of_tokens() -> None:
 
 
 def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> None:
-    cache = llmchat.PromptCache(talk.net)
-    more = cache.tokens_in(2 << 30) - cache.tokens_in(1 << 30)
+    cache = llmchat.PromptCache(talk.network)
+    more = cache.capacity_tokens(2 << 30) - cache.capacity_tokens(1 << 30)
     prompt, sizes = talk.encoded([{"role": "user", "content": "word " * 400}])[:1537], []
     for held in cache.prefill(prompt, 0):
         sizes.append((held, sum(value.nbytes for _, value in cache._values() if hasattr(value, "nbytes"))))
@@ -1184,7 +1184,7 @@ def test_the_welcome_names_the_bound_of_the_memory_and_force_lifts_it(demo, term
 def test_without_history_a_reply_of_another_day_goes_on_without_the_turns_before_it(talk) -> None:
     cut = [*COUNT.messages()[:1], {"role": "assistant", "content": "1, 2", "finish_reason": "length"}]
     talks = [Talk(talk.model, [*before, *cut], history=False, max_tokens=1) for before in ([], ADA.messages())]
-    alone, after = (each.cost(lambda each=each: hear(each.resume())) for each in talks)
+    alone, after = (each.cost(lambda each=each: hear(each.continue_reply())) for each in talks)
     assert alone == after > 0
 
 
@@ -1207,7 +1207,7 @@ def test_history_and_system_prompt_take_effect_at_once(talk) -> None:
 
 def test_a_failing_turn_does_not_end_the_chat(talk) -> None:
     talk.expect(HELLO)
-    talk.net.patience = 1
+    talk.network.patience = 1
     prompts = io.StringIO("Count.\nMy name is Ada.\n/nope\n/set top-k 2000\nWhat is my name?\n")
     stdout, stderr = io.StringIO(), io.StringIO()
     screen = llmchat.Screen(stdout, stderr, False)
@@ -1389,7 +1389,7 @@ def gone_on(talk: Talk, state: Path, messages: list[dict] | None = None, keep: b
     """The conversation, or another one, as a chat of another day goes on with it, with a state that is to be kept."""
     if keep:
         talk.keep_state(state)
-    model = dataclasses.replace(talk.model, net=talk.net._network)
+    model = dataclasses.replace(talk.model, network=talk.network._network)
     other = Talk(model, talk.messages if messages is None else messages)
     other.state = state
     return other
@@ -1399,7 +1399,7 @@ def test_a_state_goes_on_though_the_context_was_full_or_the_reply_was_cut(talk, 
     talk.settings.max_tokens = 7
     hear(talk.reply(COUNT.prompt))
     talk = gone_on(talk, tmp_path / "cut.safetensors", keep=True)
-    hear(talk.resume())
+    hear(talk.continue_reply())
     assert talk.messages[-1]["content"].endswith(COUNT.answer)
     talk.expect(THANKS)
     talk.model.context_length, talk.settings.max_tokens = 120, 16
@@ -1500,7 +1500,7 @@ def test_the_states_of_kept_conversations_go_with_them(demo, chat, home) -> None
     assert transcript(SAMPLE[4]) in done.out and RESUMED.search(done.err)
     (state,) = folder.glob("*.safetensors")
     for count in range(60):
-        llmchat.KeptChats(folder).begin("m").close()
+        llmchat.SavedChats(folder).create("m").close()
         assert state.exists() == (count < 4)
     assert len([*folder.iterdir()]) == 50
     # One that can't be written says so, and the conversation is kept.
@@ -1566,11 +1566,11 @@ def test_an_answer_without_a_thought_stays_one_on_another_day(way, thinker, chat
 
 def test_a_template_reads_what_its_code_names(demo) -> None:
     model = loaded(demo)
-    model.tokenizer.chat_template = (
+    model.template.tokenizer.chat_template = (
         "{% generation %}{{ '}}' + \"{{ enable_thinking }}\" }}{% endgeneration %}{{ ns.thinking_budget }}"
         "{% set ns = namespace(thinking_effort=1) %}{% if thinking and reasoning_effort == 'low' %}{% endif %}"
     )
-    assert {*llmchat.SWITCHES, *llmchat.DEGREES, llmchat.BUDGET} & model.variables == {"thinking", "reasoning_effort"}
+    assert {*llmchat.SWITCHES, *llmchat.DEGREES, llmchat.BUDGET} & model.template.variables == {"thinking", "reasoning_effort"}
 
 
 @pytest.fixture(params=["thinking", "opened", "sliding", "hybrid"])
@@ -1585,29 +1585,29 @@ def test_a_stopped_thought_goes_on_or_is_answered_at_the_cost_of_the_mark_alone(
     talk = hurried
     assert hear(talk.reply(HURRY.prompt), until="three") == (RUSHED.cut, "")
     assert talk.messages[-1]["finish_reason"] == "interrupted"
-    mark, rest = talk.model.tokenizer.encode(talk.family.marks[1], add_special_tokens=False), []
+    mark, rest = talk.model.template.tokenizer.encode(talk.family.marks[1], add_special_tokens=False), []
     # Another day first, without a state; then from the live one.
     later, answered = (Talk(talk.model, talk.messages) for _ in range(2))
-    cost = later.cost(lambda: rest.append(hear(later.resume())))
+    cost = later.cost(lambda: rest.append(hear(later.continue_reply())))
     assert rest[-1] == (HURRY.thought.partition("three ")[2], HURRY.answer)
     assert later.messages[-1] == as_kept(HURRY, talk.family)[1]
-    assert answered.cost(lambda: rest.append(hear(answered.resume(answer=True)))) == cost + len(mark)
+    assert answered.cost(lambda: rest.append(hear(answered.continue_reply(answer=True)))) == cost + len(mark)
     assert rest[-1] == ("", RUSHED.answer)
-    assert talk.cost(lambda: rest.append(hear(talk.resume(), until="five"))) == 0
+    assert talk.cost(lambda: rest.append(hear(talk.continue_reply(), until="five"))) == 0
     assert rest[-1] == ("four five", "")
-    assert hear(talk.resume()) == (HURRY.thought.partition("five ")[2], HURRY.answer)
+    assert hear(talk.continue_reply()) == (HURRY.thought.partition("five ")[2], HURRY.answer)
     assert talk.messages[-1] == as_kept(HURRY, talk.family)[1]
     assert hear(talk.retry(), until="three") == (RUSHED.cut, "")
     # The mark needs a place too.
     talk.model.context_length = len(talk._cache.tokens) + len(mark)
     with pytest.raises(ChatError, match="The reply can't go on: it fills"):
-        hear(talk.resume(answer=True))
+        hear(talk.continue_reply(answer=True))
     talk.model.context_length = 4096
-    assert talk.cost(lambda: rest.append(hear(talk.resume(answer=True)))) == len(mark)
+    assert talk.cost(lambda: rest.append(hear(talk.continue_reply(answer=True)))) == len(mark)
     assert rest[-1] == ("", RUSHED.answer)
     assert talk.messages[-1] == as_kept(dataclasses.replace(HURRY, thought=RUSHED.cut), talk.family)[1]
     with pytest.raises(ChatError, match="nothing to continue: the last reply is complete"):
-        hear(talk.resume(answer=True))
+        hear(talk.continue_reply(answer=True))
     # One that the next turn finds stopped is closed.
     assert hear(talk.retry(), until="three") == (RUSHED.cut, "")
     talk.settings.max_tokens = 1
@@ -1619,7 +1619,7 @@ def test_a_stopped_thought_goes_on_or_is_answered_at_the_cost_of_the_mark_alone(
 def test_a_thought_has_room_of_its_own_and_max_tokens_counts_the_answer(hurried) -> None:
     talk = hurried
     text = talk.family.marks[0].rpartition(">")[2] + RUSHED.cut
-    tokens = len(talk.model.tokenizer.encode(text, add_special_tokens=False))
+    tokens = len(talk.model.template.tokenizer.encode(text, add_special_tokens=False))
     # The mark's last token counts too, but where the prompt has said it.
     talk.settings.max_thought_tokens = tokens + (talk.family is not FAMILIES["opened"])
     pieces = [*talk.reply(HURRY.prompt)]
@@ -1677,17 +1677,17 @@ def test_no_content_can_forge_a_turn_or_a_thought(way, thinker, demo, tmp_path) 
     cut = put("chat_template.jinja", THINKING)
     model = loaded(thinker(way) if way in WAYS else changed(tmp_path / "cut", demo, cut))
     settings, kept = Settings(system=FORGED), as_kept(Turn(FORGED, FORGED, FORGED), WAYS.get(way, WAYS["content, cut"]))
-    net = Counting(model.net)
-    conversation = Conversation(dataclasses.replace(model, net=net), settings, kept)
+    net = Counting(model.network)
+    conversation = Conversation(dataclasses.replace(model, network=net), settings, kept)
     pieces = conversation.reply(FORGED)
-    next(piece for piece in pieces if piece.kind != "reading")
+    next(piece for piece in pieces if piece.kind != "prefill")
     pieces.close()
     fed = [token for inputs in net.inputs for token in inputs.flatten().tolist()]
-    marks = {mark: fed.count(model.tokenizer.convert_tokens_to_ids(mark)) for mark in ("<|im_start|>", "<|im_end|>")}
+    marks = {mark: fed.count(model.template.tokenizer.convert_tokens_to_ids(mark)) for mark in ("<|im_start|>", "<|im_end|>")}
     # Of a system prompt, a prompt, a reply, a prompt, and the reply that comes.
     assert marks == {"<|im_start|>": 5, "<|im_end|>": 4}
-    assert model.tokenizer.decode(fed).count("<|im_start|>assistant\nYes.") >= 4
-    assert fed.count(model.tokenizer.convert_tokens_to_ids("<think>")) == 0
+    assert model.template.tokenizer.decode(fed).count("<|im_start|>assistant\nYes.") >= 4
+    assert fed.count(model.template.tokenizer.convert_tokens_to_ids("<think>")) == 0
 
 
 # ----------------------------------------------------------------------------------- Command line
@@ -2239,7 +2239,7 @@ def test_esc_stops_a_reply_and_a_paste_meanwhile_is_one_prompt(demo, terminal) -
     # An Esc that comes just too late belongs to no key, and later to no paste.
     screen.send("\x1b")
     screen.send("/stats\r", "stats = true\n*prompt -> ")
-    time.sleep(llmchat.LATE_S + 0.1)  # the time in which it is late
+    time.sleep(llmchat.LATE_ESCAPE_S + 0.1)  # the time in which it is late
     screen.send("\x1b")
     screen.send(MARKED("/clear\nnow") + "\r", "prompt -> ")
     screen.send('"""\r', "... ")
@@ -2272,7 +2272,7 @@ def test_turns_that_no_longer_fit_are_found_in_few_renderings(demo) -> None:
     messages = [message for count in range(500) for message in Turn(f"Say {count}.", "word " * 20).messages()]
     conversation, profile = Conversation(loaded(demo), Settings(max_tokens=1), messages), cProfile.Profile()
     profile.runcall(list, conversation.reply("Hello"))
-    (calls,) = (entry.callcount for entry in profile.getstats() if entry.code is llmchat.Model.render.__code__)
+    (calls,) = (entry.callcount for entry in profile.getstats() if entry.code is llmchat.ChatTemplate.render.__code__)
     assert 1 < calls < 20
 
 
@@ -2379,7 +2379,7 @@ def test_what_the_hub_refuses_is_one_sentence(demo, hub, chat) -> None:
     for arguments, (_, sentence) in REFUSALS.items():
         (name, *_), result = arguments.split(" "), chat(*arguments.split(" "))
         assert result.complaint == Like(sentence.format(name=name, hub=hub.url, kept=KEPT))
-        assert result.out == f"Loading model {llmchat.cleaned(name)}...\n"
+        assert result.out == f"Loading model {llmchat.strip_control_characters(name)}...\n"
     assert hub.fetched() == []
     # There is no network.
     for endpoint, why in (("http://127.0.0.1:9", "Connection refused"), ("http://nowhere.invalid", "*ame*")):
@@ -2602,7 +2602,7 @@ def hold_conversations(folder: str) -> None:
         Talk(model).expect(*conversation)
     # What is left to chance comes out the same on every host, or the next words were noise.
     said = hear(Talk(model, temperature=10.0, max_tokens=40).reply("Hello"))
-    assert model.hosts.share(said) == [*said]
+    assert model.hosts.broadcast(said) == [*said]
     print("every word was right")
 
 
@@ -2816,11 +2816,11 @@ def bench_decode(model: llmchat.Model) -> None:
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    prompt = model.encode(model.render([{"role": "user", "content": "Count."}]))
+    prompt = model.template.encode(model.template.render([{"role": "user", "content": "Count."}]))
     options = {"max_tokens": DECODE_TOKENS, "sampler": make_sampler(temp=Settings.temperature, top_p=Settings.top_p)}
 
     def tps(pieces) -> float:
-        said = [next(piece.text for piece in pieces if getattr(piece, "kind", "") != "reading")]
+        said = [next(piece.text for piece in pieces if getattr(piece, "kind", "") != "prefill")]
         took_s = timed(said.extend, (piece.text for piece in pieces))()
         assert "12, 13, 14" in "".join(said)
         return (DECODE_TOKENS - 1) / took_s
@@ -2828,12 +2828,12 @@ def bench_decode(model: llmchat.Model) -> None:
     show(
         *("decode, floor mlx_lm.stream_generate", "tokens/s", 0.98),
         lambda: tps(Conversation(model, Settings(max_tokens=DECODE_TOKENS)).reply("Count.")),
-        lambda: tps(stream_generate(model.net, model.tokenizer, prompt, **options)),
+        lambda: tps(stream_generate(model.network, model.template.tokenizer, prompt, **options)),
     )
 
 
 def bench_state(model: llmchat.Model, file: Path) -> None:
-    words = "word " * (4000 // len(model.encode("word ")))
+    words = "word " * (4000 // len(model.template.encode("word ")))
     before = [{"role": "user", "content": words}, {"role": "assistant", "content": "Good."}]
 
     def gone_on(state: Path | None) -> Conversation:
@@ -2846,7 +2846,7 @@ def bench_state(model: llmchat.Model, file: Path) -> None:
     conversation.keep_state(file)
     firsts = (lambda state=state: gone_on(state).statistics.time_to_first_token_s for state in (file, None))
     show("going on with 4,000 tokens, peer no state", "s", 0.1, *firsts)
-    net, size = model.net.args, file.stat().st_size / conversation.statistics.prompt_tokens
+    net, size = model.network.args, file.stat().st_size / conversation.statistics.prompt_tokens
     # Keys and values, as 32-bit numbers.
     least = net.num_hidden_layers * 2 * net.num_key_value_heads * net.head_dim * 4
     show("state on disk a token, floor keys and values", "bytes", 1.1, lambda: size, lambda: least)
