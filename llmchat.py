@@ -55,14 +55,17 @@ if (
 
 import argparse
 import base64
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import difflib
+import enum
 import errno
 import fcntl
 import fnmatch
 import functools
+import gc
 import glob
 import importlib
 import inspect
@@ -71,6 +74,8 @@ import itertools
 import json
 import locale
 import logging
+import math
+import queue
 import re
 import select
 import shlex
@@ -80,14 +85,14 @@ import tempfile
 import termios
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
-import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, NamedTuple, TextIO
+from typing import Any, Dict, Generic, NamedTuple, TextIO, TypeVar
 from urllib.parse import quote, unquote
 
 __version__ = "0.1.0"
@@ -462,28 +467,210 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
     return settings
 
 
+# ---------------------------------------------------------------------------------------- Engine
+
+# The signals that end the program: its exit status is then 128 and the signal's number. In a chat
+# on a terminal SIGINT does not end it.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+# The main thread looks this often for a request to stop while it waits for the engine.
+WAIT_STEP_S = 0.02
+
+# The end of the program waits this long for what the engine is computing.
+MAX_LEAVE_WAIT_S = 2.0
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Waiting(enum.Enum):
+    """What an `EngineIterator` yields in place of an item that is not there yet."""
+
+    WAITING = "the engine is still at work"
+
+
+WAITING = Waiting.WAITING
+
+
+def block_signals() -> None:
+    """Leave all signals to the main thread, also in the threads that this one starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+
+class Engine:
+    """The one thread that works with MLX, for the whole life of the program.
+
+    MLX's streams belong to the thread that made them, and an array that is still to be computed
+    must not go from one thread to another. So loading, computing, rewinding, saving and dropping
+    all happen in this thread, one job after the other. The main thread has the terminal, the
+    signals and the files. It may give up waiting for a job; the job itself goes on to its end.
+    """
+
+    def __init__(self) -> None:
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine", block_signals)
+        self._last_job: concurrent.futures.Future[Any] | None = None
+
+    def submit(self, work: Callable[..., R], *arguments: Any) -> concurrent.futures.Future[R]:
+        """Hand a job over without waiting for it."""
+        job = self._executor.submit(work, *arguments)
+        self._last_job = job
+        return job
+
+    def call(self, work: Callable[..., R], *arguments: Any) -> R:
+        """Return what `work` returns, or raise what it raises.
+
+        An exception that a signal raises in the main thread ends the waiting at once.
+        """
+        return self.submit(work, *arguments).result()
+
+    def each(self, items: Generator[R, None, None]) -> EngineIterator[R]:
+        """Return an iterator over a generator that runs in this thread."""
+        return EngineIterator(self, items)
+
+    @contextlib.contextmanager
+    def meanwhile(self, steps: Generator[Any, None, None]) -> Iterator[None]:
+        """Run a generator while the block runs; after the block it is left at its next step.
+
+        A `ChatError` only ends the generator: whoever needs its result meets the error again.
+        Any other error is raised after the block.
+        """
+        left = threading.Event()
+
+        def run() -> None:
+            with contextlib.suppress(ChatError), contextlib.closing(steps):
+                for _ in steps:
+                    if left.is_set():
+                        return
+
+        job = self.submit(run)
+        try:
+            yield
+        finally:
+            left.set()
+        if job.done():
+            job.result()
+
+    def is_idle_within(self, timeout_s: float) -> bool:
+        """Wait until all jobs are done, but not longer than this; return whether they are."""
+        if self._last_job is None:
+            return True
+        return not concurrent.futures.wait([self._last_job], timeout_s).not_done
+
+    @property
+    def was_used(self) -> bool:
+        """Whether the engine was given any work."""
+        return self._last_job is not None
+
+    def end_process(self, status: int) -> None:
+        """End the process with this status if the engine has worked; otherwise just return.
+
+        Python's own way out aborts the process while another thread computes, and MLX complains
+        when another thread than this one drops what it has made.
+        """
+        if not self.was_used:
+            return
+        # A second signal must not raise here any more.
+        for number in ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        self.is_idle_within(MAX_LEAVE_WAIT_S)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+class EngineIterator(Generic[R]):
+    """Iterates over a generator that runs in the engine's thread.
+
+    An item that takes longer than `WAIT_STEP_S` comes after one or more `WAITING`, so that whoever
+    iterates is never held up. It may stop at any item, and go on later: nothing is lost.
+    """
+
+    def __init__(self, engine: Engine, items: Generator[R, None, None]) -> None:
+        self._engine = engine
+        self._items = items
+        # The item that the engine is computing.
+        self._job: concurrent.futures.Future[R | Waiting] | None = None
+
+    def __iter__(self) -> EngineIterator[R]:
+        return self
+
+    def __next__(self) -> R | Waiting:
+        job = self._job or self._engine.submit(next, self._items, WAITING)
+        self._job = job
+        if concurrent.futures.wait([job], WAIT_STEP_S).not_done:
+            return WAITING
+        self._job = None
+        item = job.result()
+        # The generator itself never yields this: it has ended.
+        if item is WAITING:
+            raise StopIteration
+        return item
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether the engine was asked for an item that nobody has got yet."""
+        return self._job is not None
+
+    def close(self) -> None:
+        """Close the generator in the engine's thread, after the item that is being computed."""
+        self._engine.submit(self._items.close)
+
+    def __del__(self) -> None:
+        # MLX complains if another thread than the engine's drops a generator that is under way.
+        self.close()
+
+
+class OnEngine(Generic[T]):
+    """The only way to an object that belongs to the engine's thread."""
+
+    def __init__(self, engine: Engine, target: T) -> None:
+        self._engine = engine
+        self._target = target
+
+    def submit(self, work: Callable[[T], Any]) -> None:
+        """Have the engine do something with the object, without waiting for it."""
+        self._engine.submit(work, self._target)
+
+    def call(self, work: Callable[[T], R]) -> R:
+        """Return what `work` makes of the object, or raise what it raises."""
+        return self._engine.call(work, self._target)
+
+    def each(self, work: Callable[[T], Generator[R, None, None]]) -> EngineIterator[R]:
+        """Return an iterator over the generator that `work` makes of the object."""
+        return self._engine.each(work(self._target))
+
+    def meanwhile(
+        self, work: Callable[[T], Generator[Any, None, None]]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Run the generator that `work` makes of the object while a block runs."""
+        return self._engine.meanwhile(work(self._target))
+
+
 # ----------------------------------------------------------------------------------------- Hosts
 
-
-# The signals that end the program, with 128 and their number; Ctrl+C on a terminal only until the model is loaded.
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# How often a host looks whether the launcher that started it is still there.
+LAUNCHER_CHECK_S = 0.5
 
 
 class Hosts:
-    """The processes that hold one model together, each on a host of its own; on a plain start there is just this one.
+    """The processes that hold one model together, each on a host of its own; usually just this one.
 
-    All run this same program on the same lines of input, which mlx.launch hands to each. Rank 0 alone is seen and
-    writes files, and shares what might be different elsewhere.
+    All run this same program on the same lines of input, which mlx.launch hands to each. Rank 0
+    alone is seen and writes files, and broadcasts what might be different elsewhere.
     """
 
     def __init__(self, group: Any = None) -> None:
-        # MLX's own group; None on a plain start.
+        """`group` is MLX's own group of the processes; None if there is just this one."""
         self._group = group
         self.rank: int = group.rank() if group else 0
         self.size: int = group.size() if group else 1
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value, which JSON can hold, on every host. Raises `EngineError` if another host is gone."""
+        """Return rank 0's value, which JSON can hold, on every host.
+
+        Runs on the engine's thread. Raises `EngineError` if another host is gone.
+        """
         if self.size == 1:
             return value
         import mlx.core as mx
@@ -491,39 +678,49 @@ class Hosts:
 
         all_sum: Any = functools.partial(mx.distributed.all_sum, group=self._group)
         data = json.dumps(value).encode() if self.rank == 0 else b""
-        # Not beside but behind what the engine still has to do: it is one token ahead of the last reply.
-        with foreign("Another host is gone, so the chat can't go on: {}.", EngineError), mx.stream(
-            generation_stream
-        ):
-            length = int(all_sum(mx.array(len(data))).item())
-            # One host gives bytes, the others as many zeros; MLX takes a list of them, byte by byte, 500 times as long.
-            buffer: Any = bytearray(data or length)
-            return json.loads(bytes(all_sum(mx.array(buffer))))
+        what = "Another host is gone, so the chat can't go on"
+        # mlx-lm has queued the next token on this stream, and all hosts must run both in one order.
+        with explain_errors(what, "", RuntimeError, ValueError, error_type=EngineError):
+            with mx.stream(generation_stream):
+                length = int(all_sum(mx.array(len(data))).item())
+                # One host gives bytes, the others as many zeros. MLX takes a bytearray as it is, but
+                # a list byte by byte: 24 ms for 1.2 MB in place of 0.05 ms.
+                buffer: Any = bytearray(data or length)
+                return json.loads(bytes(all_sum(mx.array(buffer))))
 
 
-def join_hosts() -> Hosts:
-    """Join the hosts that mlx.launch started, if the environment tells that it did; else return this one alone."""
-    # The second is set by mpirun, which mlx.launch may start them with.
-    if not {"MLX_RANK", "OMPI_COMM_WORLD_RANK"} & {*os.environ}:
+def join_hosts(engine: Engine) -> Hosts:
+    """Join the hosts that mlx.launch started, if it did; else return this one alone.
+
+    Raises `ChatError`.
+    """
+    # mlx.launch sets the first, or starts the hosts by mpirun, which sets the second.
+    launched = any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
+    if not launched:
         return Hosts()
-    # While one host waits for another it looks at no signals: they end it as they end any program.
+    # While a host waits for another in MLX, it runs no handlers: signals have to end it by default.
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    import mlx.core as mx
+    threading.Thread(target=end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    return engine.call(init_hosts)
 
-    launcher = os.getppid()
 
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    # A host whose neighbour is gone may wait for it for ever: without the launcher none goes on.
-    threading.Thread(target=watch, daemon=True).start()
-    with foreign(
-        "The hosts that mlx.launch started can't be joined: {}. On one Mac, leave mlx.launch out."
-    ):
+def init_hosts() -> Hosts:
+    """Set up MLX's group of hosts, on the engine's thread. Raises `ChatError`."""
+    mx = import_library("mlx.core")
+    what = "The hosts that mlx.launch started can't be joined"
+    with explain_errors(what, "On one Mac, leave mlx.launch out.", RuntimeError, ValueError):
         return Hosts(mx.distributed.init(strict=True))
+
+
+def end_with_launcher(launcher: int) -> None:
+    """End this process once the launcher, its parent, has ended.
+
+    MLX waits for ever for a host that has died, so each host ends when the launcher does.
+    """
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_CHECK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # ----------------------------------------------------------------------------------------- Files
@@ -892,6 +1089,10 @@ class Loader:
             )
         self._begin("looking for it")
 
+    @property
+    def is_downloading(self) -> bool:
+        return self._doing != "loading"
+
     def progress(self) -> str:
         """Return what is going on, in words, for as long as `load` takes; another thread may ask."""
         spent_s, done, total = time.monotonic() - self._since_s, self._done(), self._total
@@ -1145,248 +1346,414 @@ class Loader:
 
 # ---------------------------------------------------------------------------------- Prompt cache
 
-# Tokens put through the model between two looks at Ctrl+C while a prompt is read (prefill).
-# mlx-lm's own default is 2048, which a small model on a slow machine takes a second for.
+# Tokens of a prompt that are put through the model at once (a prefill step). mlx-lm's own default is
+# 2048, for which a small model on a slow machine takes a second; a stop waits for one step.
 PREFILL_STEP_TOKENS = 512
 
-ENGINE_FAILED_MESSAGE = (
-    "The engine failed, so what it was saying is not kept: {}."
-    " If memory ran out, a shorter prompt, /clear or a smaller model takes less."
-)
+# The same while the user types: Enter waits for one step at most.
+READ_AHEAD_STEP_TOKENS = 128
+
+ENGINE_FAILED_WHAT = "The engine failed, so what it was generating is not kept"
+ENGINE_FAILED_ADVICE = "If memory ran out, a shorter prompt, /clear or a smaller model takes less."
 
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
     """Return the number of elements that two sequences have in common at their start."""
-    return next(
-        (n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other))
-    )
+    shorter = min(len(one), len(other))
+    # Whole sequences are compared first, because that is fast: most prompts only grow.
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    for index, (a, b) in enumerate(zip(one, other)):
+        if a != b:
+            return index
+    return shorter
+
+
+class Token(NamedTuple):
+    """A generated token: the text that it adds, and why the reply ends with it, if it does."""
+
+    text: str
+    # `stop` or `length` as mlx-lm has them; None as long as the reply goes on.
+    finish_reason: str | None
+
+
+def check_finite(response: Any) -> None:
+    """Raise `ChatError` if the probabilities that a token was chosen by are no numbers."""
+    import mlx.core as mx
+
+    # On the CPU's own stream: it need not wait for the next token, which is being computed already.
+    with mx.stream(mx.cpu):
+        log_probability = response.logprobs[response.token].item()
+    if math.isnan(log_probability):
+        raise ChatError(
+            "The model computes no numbers any more (NaN), so the reply ends here. /clear may help;"
+            " if it doesn't, the model's files or its quantization are damaged: try another one."
+        )
+
+
+class Snapshot(NamedTuple):
+    """A place in the tokens to go back to."""
+
+    # The number of tokens up to here.
+    length: int
+    # The state of the layers that can't be trimmed, by their index in `_leaves`.
+    copies: dict[int, dict[str, Any]]
+
+
+def copy_state(leaf: Any) -> dict[str, Any]:
+    """Return a copy of all that one layer's cache holds.
+
+    mlx-lm has no public call for this. The copy is deep, because a sliding window that has wrapped
+    writes into its arrays; MLX shares the memory of two arrays until one of them is written to.
+    """
+    return copy.deepcopy(vars(leaf))
+
+
+def restore_state(leaf: Any, state: dict[str, Any]) -> None:
+    """Put a copy of such a state back into a layer's cache."""
+    vars(leaf).update(copy.deepcopy(state))
+
+
+def cache_leaves(layers: Sequence[Any]) -> list[Any]:
+    """Return the caches of all layers, one by one: a hybrid layer holds several in a CacheList."""
+    leaves: list[Any] = []
+    for layer in layers:
+        leaves.extend(getattr(layer, "caches", [layer]))
+    return leaves
+
+
+def can_trim_now(leaf: Any) -> bool:
+    """Tell whether a layer's cache can be cut to any shorter length, as it is now.
+
+    A sliding window (`max_size`) can be cut until it wraps. A chunked cache (`chunk_size`) says
+    that it can, but it has dropped what stood before its chunk.
+    """
+    return bool(leaf.is_trimmable()) and not hasattr(leaf, "chunk_size")
+
+
+def window_tokens(leaf: Any) -> int | None:
+    """Return the number of tokens that a sliding window or a chunk holds; None for other caches."""
+    return getattr(leaf, "max_size", None) or getattr(leaf, "chunk_size", None)
+
+
+def needs_copy(leaf: Any) -> bool:
+    """Tell whether a layer's cache can only go back to a copy, now or later."""
+    return window_tokens(leaf) is not None or not can_trim_now(leaf)
 
 
 class PromptCache:
-    """Owns the engine's state. Invariant: whenever no call is under way, it is the state of exactly `self.tokens`.
+    """Owns the engine's state. Invariant: between two calls it is the state of `self.tokens`.
 
-    Given a new prompt it goes to the longest prefix that it can reach, and only the rest is computed.
-    Plain KV caches are trimmed. Recurrent layers, chunks of attention, and sliding windows once they have wrapped,
-    can't be: of those a copy is kept at a place that the next turn is known to share (a snapshot), and to go back
-    is to put the copy in place and trim the other layers to the same length. Resetting only some layers would
-    give wrong words. Whenever the state can't be known, it is dropped.
+    For a new prompt it goes back to the longest prefix that it can reach, so that only the rest is
+    computed. Plain KV caches are trimmed. Recurrent layers, chunked attention and sliding windows
+    that have wrapped can't be: of those, a copy is taken where the next turn is known to share the
+    prompt (a snapshot). To go back is to put the copies in place and to trim the other layers to
+    the same length; if only some layers went back, the words would be wrong. Whenever the state
+    can't be known, it is dropped.
     """
 
-    def __init__(self, net: Any, shared: bool = False) -> None:
-        """Hold the state of a network; one that is `shared` goes back to snapshots, the same on every host."""
-        self._net, self._shared = net, shared
+    def __init__(self, network: Any, distributed: bool = False) -> None:
+        """With `distributed` it only goes back to snapshots, which are the same on every host."""
+        self._network = network
+        self._distributed = distributed
         self.clear()
         # Every layer can go back any number of tokens, now and later, here and on other hosts.
-        self.can_trim = not (shared or any(map(self._needs_copy, self._leaves())))
+        self.can_trim = not distributed and not any(map(needs_copy, cache_leaves(self.layers)))
 
     def clear(self) -> None:
         """Forget everything."""
         from mlx_lm.models.cache import make_prompt_cache
 
         self.tokens: list[int] = []
-        self._layers: list[Any] = make_prompt_cache(self._net)
-        # Two places are kept: this turn's, for the next turn and /retry, and the turn's before, for /undo. Each is a
-        # number of tokens, and copies by the numbers of their leaves.
-        self._snapshots: list[tuple[int, dict[int, Any]]] = []
+        self.layers: list[Any] = make_prompt_cache(self._network)
+        # The last two: this turn's, for the next turn and /retry, and the one before, for /undo.
+        self._snapshots: list[Snapshot] = []
 
-    def _leaves(self) -> list[Any]:
-        # A hybrid layer may hold several caches in a CacheList.
-        return [leaf for layer in self._layers for leaf in getattr(layer, "caches", [layer])]
-
-    @staticmethod
-    def _trims_now(leaf: Any) -> bool:
-        # A sliding window (max_size) says that it can be trimmed until it wraps, a chunk (chunk_size) says so always.
-        return bool(leaf.is_trimmable()) and not hasattr(leaf, "chunk_size")
-
-    @classmethod
-    def _needs_copy(cls, leaf: Any) -> bool:
-        return hasattr(leaf, "max_size") or not cls._trims_now(leaf)
+    def replace(self, tokens: list[int], layers: list[Any]) -> None:
+        """Hold the state of these tokens instead, as it was loaded from a file."""
+        for layer, loaded in zip(self.layers, layers):
+            vars(layer).update(vars(loaded))
+        self.tokens = tokens
+        self._snapshots = []
+        if not self.can_trim:
+            self._take_snapshot()
 
     def _take_snapshot(self) -> None:
-        # Deep, because a wrapped sliding window writes into its arrays in place. Copying an MLX array
-        # shares its memory until one of the two is written to. Only what can't be trimmed is copied.
-        leaves = enumerate(self._leaves())
         copies = {
-            place: copy.deepcopy(vars(leaf)) for place, leaf in leaves if self._needs_copy(leaf)
+            index: copy_state(leaf)
+            for index, leaf in enumerate(cache_leaves(self.layers))
+            if needs_copy(leaf)
         }
-        self._snapshots = [*self._snapshots[-1:], (len(self.tokens), copies)]
+        self._snapshots.append(Snapshot(len(self.tokens), copies))
+        del self._snapshots[:-2]
 
     def rewind(self, prompt: Sequence[int]) -> int:
-        """Go to the longest prefix of `prompt` that can be reached and leaves a token to compute; return its length."""
-        shared = common_prefix(self.tokens, prompt[:-1])
-        if shared == len(self.tokens):
-            return shared
-        self._snapshots = [kept for kept in self._snapshots if kept[0] <= shared]
-        # A sliding window goes back until it wraps.
-        trims = not self._shared and all(map(self._trims_now, self._leaves()))
-        length, copies = (shared, {}) if trims else [(0, {}), *self._snapshots][-1]
-        with self._dropped_on_error():
-            surplus, self.tokens = len(self.tokens) - length, self.tokens[:length]
-            for place, leaf in enumerate(self._leaves()):
-                if place in copies:
-                    vars(leaf).update(copy.deepcopy(copies[place]))
-                elif not length or leaf.trim(surplus) != surplus:
-                    self.clear()
-                    break
+        """Go back to the longest prefix of `prompt` that can be reached; return its length.
+
+        At least the last token of the prompt is left to be computed.
+        """
+        prefix_length = common_prefix(self.tokens, prompt[:-1])
+        if prefix_length == len(self.tokens):
+            return prefix_length
+        reachable = [taken for taken in self._snapshots if taken.length <= prefix_length]
+        self._snapshots = reachable
+        leaves = cache_leaves(self.layers)
+        if not self._distributed and all(map(can_trim_now, leaves)):
+            self._go_back_to(Snapshot(prefix_length, {}))
+        elif reachable:
+            self._go_back_to(reachable[-1])
+        else:
+            self.clear()
         return len(self.tokens)
 
+    def _go_back_to(self, target: Snapshot) -> None:
+        """Trim every layer to the target's length, or put back the copy that it has of it."""
+        if target.length == 0:
+            self.clear()
+            return
+        with self._cleared_on_error():
+            surplus = len(self.tokens) - target.length
+            self.tokens = self.tokens[: target.length]
+            for index, leaf in enumerate(cache_leaves(self.layers)):
+                if index in target.copies:
+                    restore_state(leaf, target.copies[index])
+                elif leaf.trim(surplus) != surplus:
+                    self.clear()
+                    return
+
+    def has_computed(self, prompt: Sequence[int]) -> bool:
+        """Tell whether all of a prompt but its last token is there, or can be gone back to."""
+        prefix_length = common_prefix(self.tokens, prompt[:-1])
+        if prefix_length < len(prompt) - 1:
+            return False
+        return self.can_trim or prefix_length == len(self.tokens)
+
     @contextlib.contextmanager
-    def _dropped_on_error(self) -> Iterator[None]:
+    def _cleared_on_error(self) -> Iterator[None]:
+        """Turn an error of the engine into an `EngineError`, and forget everything.
+
+        MLX raises `RuntimeError` (also when memory runs out) and `ValueError`; a network that its
+        repository brings along may raise anything.
+        """
         try:
-            with foreign(ENGINE_FAILED_MESSAGE, EngineError):
+            with explain_errors(
+                ENGINE_FAILED_WHAT, ENGINE_FAILED_ADVICE, Exception, error_type=EngineError
+            ):
                 yield
-        except GeneratorExit:
-            # Raised between two calls of the engine, where its state is known.
-            raise
-        except BaseException:
+        except ChatError:
             self.clear()
             raise
 
-    def prefill(self, prompt: list[int], shared: int) -> Iterator[int]:
-        """Compute the state of all of `prompt` but its last token; yield how many are done after each chunk.
+    def prefill(
+        self, prompt: list[int], snapshot_at: int, step_tokens: int = PREFILL_STEP_TOKENS
+    ) -> Generator[int, None, None]:
+        """Compute the state of `prompt` but for its last token; yield the length after each step.
 
-        The cache must hold a prefix of the prompt: call `rewind` first. The next turn will share the first `shared`
-        tokens: a snapshot is taken there if one is needed. May be left at any chunk.
+        The cache must hold a prefix of the prompt: call `rewind` first. The next turn will share
+        the first `snapshot_at` tokens: a snapshot is taken there if the cache needs one. May be
+        closed after any step. Raises `EngineError`.
         """
         import mlx.core as mx
         from mlx_lm.generate import generation_stream, wired_limit
 
-        last = len(prompt) - 1
-        due = min(shared, last)
+        end = len(prompt) - 1
+        snapshot_at = min(snapshot_at, end)
         streams: list[Any] = [generation_stream]
-        with wired_limit(self._net, streams):
-            while (held := len(self.tokens)) < last:
-                end = min(due if held < due else last, held + PREFILL_STEP_TOKENS)
-                with self._dropped_on_error(), mx.stream(generation_stream):
-                    self._net(mx.array(prompt[held:end])[None], cache=self._layers)
-                    mx.eval([layer.state for layer in self._layers])
-                    # A second Ctrl+C may come at any point: it must not stand between the state and its tokens.
-                    self.tokens = prompt[:end]
+        with wired_limit(self._network, streams):
+            while len(self.tokens) < end:
+                done = len(self.tokens)
+                step_end = min(done + step_tokens, end)
+                if done < snapshot_at:
+                    step_end = min(step_end, snapshot_at)
+                with self._cleared_on_error(), mx.stream(generation_stream):
+                    self._network(mx.array(prompt[done:step_end])[None], cache=self.layers)
+                    mx.eval([layer.state for layer in self.layers])
+                    self.tokens = prompt[:step_end]
+                    if step_end == snapshot_at and not self.can_trim:
+                        self._take_snapshot()
                 mx.clear_cache()
-                if end == due and not self.can_trim:
-                    self._take_snapshot()
-                yield end
-
-    def capacity_tokens(self, memory_bytes: int) -> int | None:
-        """Return the number of tokens whose state so many bytes hold, or None if it does not grow; forgets everything.
-
-        Full attention grows with each token. Windows, chunks and recurrent layers take what they take when they are
-        full, and the same for each of two snapshots.
-        """
-        import mlx.core as mx
-        from mlx.utils import tree_flatten
-
-        growing, fixed = 0, 0
-        # MLX knows the shapes of what it has not computed: this takes a start no time.
-        with self._dropped_on_error():
-            self._net(mx.array([[0]]), cache=self._layers)
-        for leaf in self._leaves():
-            values: Any = tree_flatten(vars(leaf))
-            most = getattr(leaf, "max_size", None) or getattr(leaf, "chunk_size", None)
-            for array in (
-                value for _, value in values if isinstance(value, mx.array) and value.ndim > 1
-            ):
-                # An array is laid out for more tokens than it holds.
-                row = array.nbytes // array.shape[-2]
-                if self._needs_copy(leaf):
-                    # A window has room for a step of a prompt's reading beside what it keeps.
-                    fixed += 3 * row * (most + PREFILL_STEP_TOKENS if most else array.shape[-2])
-                else:
-                    growing += row
-        self.clear()
-        return max(memory_bytes - fixed, memory_bytes // 2) // growing if growing else None
-
-    def _values(self) -> list[tuple[str, Any]]:
-        from mlx.utils import tree_flatten
-
-        # Older caches tell apart from their arrays how they stand in them.
-        values: Any = tree_flatten(
-            [[layer.state, getattr(layer, "meta_state", "")] for layer in self._layers]
-        )
-        return list(values)
-
-    def _digest(self) -> str:
-        """Return a checksum of the tokens, and of the state to its last bit: one that has turned would change words."""
-        import mlx.core as mx
-
-        digest = zlib.crc32(str(self.tokens).encode())
-        for _, value in self._values():
-            # A gigabyte or more in a second, which is less than it takes to compute the state of a thousand tokens.
-            array: Any = (
-                mx.contiguous(value).reshape(-1).view(mx.uint8)
-                if isinstance(value, mx.array)
-                else None
-            )
-            digest = zlib.crc32(str(value).encode() if array is None else memoryview(array), digest)
-        return str(digest)
-
-    def save(self, file: Path, model: str) -> None:
-        """Write the state and its tokens to a file of mode 0600, for a model of this fingerprint.
-
-        Raises whatever goes wrong, with the file as it was, also if little room would be left on the disk.
-        """
-        from mlx_lm.models.cache import save_prompt_cache
-
-        # Always the same name: what a process leaves that is killed meanwhile goes with the next.
-        part = file.with_name(f"{file.name}.part.safetensors")
-        part.unlink(missing_ok=True)
-        if not self.tokens:
-            return
-        if shutil.disk_usage(part.parent).free < 2 * sum(
-            getattr(value, "nbytes", 0) for _, value in self._values()
-        ):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        part.touch(0o600, exist_ok=False)
-        try:
-            about = {"model": model, "tokens": json.dumps(self.tokens), "digest": self._digest()}
-            save_prompt_cache(str(part), self._layers, about)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
-
-    def load(self, file: Path, model: str, prompt: Sequence[int]) -> None:
-        """Take a saved state, in place of none, if it is whole, of the same model, and of use for `prompt`."""
-        from mlx_lm.models import cache
-
-        engine: Any = cache
-        # Whatever is wrong with the file, or with what this mlx-lm makes of it, all can be computed anew.
-        with contextlib.suppress(EngineError), self._dropped_on_error():
-            # MLX reads the arrays only when they are used.
-            layers, about = engine.load_prompt_cache(str(file), return_metadata=True)
-            tokens = json.loads(about["tokens"])
-            shared = common_prefix(tokens, prompt[:-1])
-            # To read the state of tokens takes a small part of the time that it takes to compute it, but not none.
-            if about["model"] != model or shared < len(tokens) / (8 if self.can_trim else 1):
-                return
-            for layer, loaded in zip(self._layers, layers):
-                vars(layer).update(vars(loaded))
-            self.tokens = tokens
-            if self._digest() != about["digest"]:
-                self.clear()
-            elif not self.can_trim:
-                self._take_snapshot()
+                yield step_end
 
     def stream(
         self, tokenizer: Any, prompt: list[int], **options: Any
-    ) -> Generator[Any, None, None]:
-        """Yield mlx-lm's responses to `prompt` after its prefill, one a token, without end but the model's own.
+    ) -> Generator[Token, None, None]:
+        """Yield the tokens that mlx-lm generates after a prompt's prefill, until the model ends.
 
-        Between two responses the iterator may be kept, or closed: the engine runs one token ahead, so the
-        state holds every token that was yielded.
+        Between two tokens the generator may wait, or be closed: the engine runs one token ahead, so
+        the state holds every token that was yielded. Raises `EngineError`.
         """
         import mlx.core as mx
         from mlx_lm import stream_generate
 
-        with self._dropped_on_error():
+        with self._cleared_on_error():
             rest = mx.array(prompt[len(self.tokens) :])
             responses = stream_generate(
-                self._net, tokenizer, rest, max_tokens=-1, prompt_cache=self._layers, **options
+                self._network,
+                tokenizer,
+                rest,
+                max_tokens=-1,
+                prompt_cache=self.layers,
+                **options,
             )
-            self.tokens = [*prompt]
+            self.tokens = list(prompt)
             with contextlib.closing(responses):
                 for response in responses:
                     self.tokens.append(response.token)
-                    yield response
+                    check_finite(response)
+                    yield Token(response.text, response.finish_reason)
+
+
+# ------------------------------------------------------------------------------------ State file
+
+
+class MemoryUse(NamedTuple):
+    """What the state of a conversation takes of the memory."""
+
+    # What each token adds.
+    bytes_per_token: int
+    # What windows and recurrent layers take at most, however long the conversation is.
+    fixed_bytes: int
+
+    def capacity_tokens(self, memory_bytes: int) -> int | None:
+        """Return how many tokens fit into so much memory; None if the state does not grow.
+
+        However much the layers of a fixed size take, half is left to those that grow.
+        """
+        if not self.bytes_per_token:
+            return None
+        growing_bytes = max(memory_bytes - self.fixed_bytes, memory_bytes // 2)
+        return growing_bytes // self.bytes_per_token
+
+
+# Two lengths between which the growth of a cache of a model's own class is measured.
+MEASURED_TOKENS = (512, 1024)
+
+
+def state_arrays(leaf: Any) -> list[Any]:
+    """Return the arrays with rows for tokens that one layer's cache holds."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    flat: Any = tree_flatten(vars(leaf))
+    return [value for _, value in flat if isinstance(value, mx.array) and value.ndim > 1]
+
+
+def leaves_after(network: Any, tokens: int) -> list[Any]:
+    """Return the caches of all layers as so many tokens leave them.
+
+    MLX is lazy: this gives every array its shape, and computes nothing.
+    """
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    layers = make_prompt_cache(network)
+    network(mx.zeros((1, tokens), mx.int32), cache=layers)
+    return cache_leaves(layers)
+
+
+def known_memory_use(leaf: Any) -> MemoryUse:
+    """Return what one of mlx-lm's own caches takes, from its state after one token."""
+    # An array has room for more tokens than it holds: its second last axis.
+    arrays = [(array.nbytes // array.shape[-2], array.shape[-2]) for array in state_arrays(leaf)]
+    if not needs_copy(leaf):
+        return MemoryUse(sum(row_bytes for row_bytes, _ in arrays), 0)
+    window = window_tokens(leaf)
+    size = 0
+    for row_bytes, rows in arrays:
+        # While a prompt is read, a window also holds the tokens of one step.
+        size += row_bytes * (window + PREFILL_STEP_TOKENS if window else rows)
+    # Two snapshots hold a copy each.
+    return MemoryUse(0, 3 * size)
+
+
+def measured_memory_use(shorter: Any, longer: Any) -> MemoryUse:
+    """Return what a cache of a model's own class takes, from its state at both lengths."""
+    shorter_bytes, longer_bytes = (
+        sum(array.nbytes for array in state_arrays(leaf)) for leaf in (shorter, longer)
+    )
+    added_tokens = MEASURED_TOKENS[1] - MEASURED_TOKENS[0]
+    bytes_per_token = (longer_bytes - shorter_bytes) // added_tokens
+    fixed_bytes = max(0, longer_bytes - bytes_per_token * MEASURED_TOKENS[1])
+    # Two snapshots hold a copy each, of all of it.
+    return MemoryUse(3 * bytes_per_token, 3 * fixed_bytes)
+
+
+def memory_per_token(network: Any) -> MemoryUse:
+    """Return what the state of a conversation takes of the memory. Raises `EngineError`."""
+    from mlx_lm.models import cache
+
+    with explain_errors(
+        ENGINE_FAILED_WHAT, ENGINE_FAILED_ADVICE, Exception, error_type=EngineError
+    ):
+        leaves = leaves_after(network, 1)
+        if all(type(leaf).__module__ == cache.__name__ for leaf in leaves):
+            uses = list(map(known_memory_use, leaves))
+        else:
+            lengths = (leaves_after(network, tokens) for tokens in MEASURED_TOKENS)
+            uses = list(map(measured_memory_use, *lengths))
+    return MemoryUse(sum(use.bytes_per_token for use in uses), sum(use.fixed_bytes for use in uses))
+
+
+class StateFile:
+    """The engine's state of a conversation on disk, beside its session.
+
+    The state is large, changes no word, and can be computed again: it is only used if it is of the
+    same model and of use for the prompt.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """`fingerprint` names all that a state depends on beside its tokens."""
+        self._path = path
+        self._fingerprint = fingerprint
+
+    def save(self, cache: PromptCache) -> None:
+        """Write the state to a file of mode 0600, whole or not at all. Raises `OSError`.
+
+        It is not written if it would take more than half of what is free on the disk.
+        """
+        from mlx_lm.models import cache as mlx_cache
+
+        # The name is fixed, so that what a killed process leaves is replaced by the next save.
+        part = self._path.with_name(f"{self._path.name}.part.safetensors")
+        part.unlink(missing_ok=True)
+        if not cache.tokens:
+            return
+        if not all(hasattr(mlx_cache, type(layer).__name__) for layer in cache.layers):
+            raise OSError(errno.ENOTSUP, "mlx-lm can't load the state of this model again")
+        leaves = cache_leaves(cache.layers)
+        size = sum(array.nbytes for leaf in leaves for array in state_arrays(leaf))
+        if shutil.disk_usage(part.parent).free < 2 * size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        part.touch(0o600, exist_ok=False)
+        try:
+            metadata = {"model": self._fingerprint, "tokens": json.dumps(cache.tokens)}
+            mlx_cache.save_prompt_cache(str(part), cache.layers, metadata)
+            part.replace(self._path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def load(self, cache: PromptCache, prompt: Sequence[int]) -> None:
+        """Put the saved state into an empty cache, if it is of use for this prompt.
+
+        A file that is missing or damaged is passed over: all can be computed again.
+        """
+        from mlx_lm.models import cache as mlx_cache
+
+        engine: Any = mlx_cache
+        try:
+            # MLX reads the arrays only when they are used.
+            layers, metadata = engine.load_prompt_cache(str(self._path), return_metadata=True)
+            tokens = json.loads(metadata["tokens"])
+            if metadata["model"] != self._fingerprint or len(layers) != len(cache.layers):
+                return
+            prefix_length = common_prefix(tokens, prompt[:-1])
+            # To read a state takes a small part of the time that it takes to compute it, but not
+            # none. A cache that can't be trimmed is of use only as a whole.
+            least_length = len(tokens) / 8 if cache.can_trim else len(tokens)
+            if prefix_length >= least_length:
+                cache.replace(tokens, layers)
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+            cache.clear()
 
 
 # -------------------------------------------------------------------------------------- Thoughts
@@ -1440,18 +1807,19 @@ class ThoughtFormat(NamedTuple):
         return [mark.strip() for mark in (self.start, self.end) if mark.strip()]
 
     @property
-    def closing(self) -> str:
+    def end_of_thought(self) -> str:
         """The text that ends a thought and begins the answer."""
         return self.end + self.lead * (self.lead.strip() not in self.end)
 
-    def to_template_message(self, message: Message, said: str) -> dict[str, Any]:
-        """Return a message in the form in which the template takes it; `said` is the reply in the model's own words."""
+    def to_template_message(self, message: Message) -> dict[str, Any]:
+        """Return a message in the form in which the template takes it."""
         answer, thought = message["content"], message.get("reasoning_content", "")
         place = self.place if message["role"] == "assistant" else ""
         if place == "content" and thought:
-            answer = said or self.said(message)
+            answer = self.said(message)
             # A thought that was stopped is closed, or the template would take it for an answer.
-            answer += self.end * (self.end.strip() not in answer)
+            if self.end.strip() not in answer:
+                answer += self.end
         return {"role": message["role"], **message_with_thought(place, thought, answer)}
 
     def said(self, message: Message, begun: str = "") -> str:
@@ -1459,19 +1827,7 @@ class ThoughtFormat(NamedTuple):
         answer, thought = message["content"], message.get("reasoning_content", "")
         if not thought:
             return self.lead * (not begun) + answer
-        return self.start * (not begun) + thought + (self.closing + answer if answer else "")
-
-    def parted(self, message: Message) -> Message:
-        """Return a message with its thought apart, where an older session has it in the content, between its marks."""
-        for format in (self, self._replace(start="<think>", end="</think>")):
-            marked = message["role"] == "assistant" and any(
-                mark in message["content"] for mark in format.marks
-            )
-            if marked and "reasoning_content" not in message:
-                splitter = ThoughtSplitter(format)
-                list(itertools.chain(splitter.feed(message["content"]), splitter.finish()))
-                message = {**message, **splitter.said()}
-        return message
+        return self.start * (not begun) + thought + (self.end_of_thought + answer if answer else "")
 
 
 # The variables that templates read of how to think: switches, degrees, and a number of tokens.
@@ -1483,7 +1839,7 @@ SWITCHES, DEGREES, BUDGET = (
 BUDGETS = {"none": 0, "minimal": 0, "low": 512, "medium": 4096, "high": 16384}
 
 
-def think_variables(model: Model, think: bool | str | None) -> dict[str, Any]:
+def think_variables(template: ChatTemplate, think: bool | str | None) -> dict[str, Any]:
     """Return the variables that ask a template for a way to think: on, off, a degree, or None for its own default."""
     if think is None:
         return {}
@@ -1493,13 +1849,28 @@ def think_variables(model: Model, think: bool | str | None) -> dict[str, Any]:
         (
             word
             for word in ("none", "minimal")
-            if re.search(rf"""['"]{word}['"]""", model.template.source)
+            if re.search(rf"""['"]{word}['"]""", template.source)
         ),
         "low",
     )
     if degree := think if isinstance(think, str) else "" if think else least:
         asked.update(dict.fromkeys(DEGREES, degree), **{BUDGET: BUDGETS[degree] if think else 0})
-    return {name: value for name, value in asked.items() if name in model.template.variables}
+    return {name: value for name, value in asked.items() if name in template.variables}
+
+
+def thinking_note(
+    template: ChatTemplate, thought_format: ThoughtFormat, think: bool | str | None
+) -> str:
+    """Return a sentence on what the template can't do of the way to think, or nothing."""
+    read = think_variables(template, think)
+    if think is not None and not thought_format.end:
+        return f"{template.name} is no reasoning model: there is nothing to think, or not."
+    if think is False and all(BUDGETS.get(read[name], 0) for name in read):
+        little = "; it is asked for little" if read else ""
+        return f"{template.name} can't be told not to think{little}."
+    if isinstance(think, str) and not {*DEGREES, BUDGET} & {*read}:
+        return f"{template.name} can't be told how much to think."
+    return ""
 
 
 # Made-up words, by which a rendering tells where a template puts what.
@@ -1530,24 +1901,19 @@ def possible_end_marks(mark: str) -> set[str]:
 class ThoughtFinder:
     """Finds how a model marks its thoughts by rendering its template with made-up words; it knows no model by name."""
 
-    def __init__(self, model: Model) -> None:
-        tokenizer = model.template.tokenizer
-        self._model = model
+    def __init__(self, template: ChatTemplate) -> None:
+        tokenizer = template.tokenizer
+        self._template = template
         self._pair = (
             (str(tokenizer.think_start), str(tokenizer.think_end))
             if tokenizer.has_thinking
             else ("", "")
         )
-        with foreign(f"The tokenizer of {model.name} fails: {{}}. Name another model."):
-            self._text = " ".join(
-                [model.template.source, *tokenizer.get_added_vocab(), *self._pair]
-            )
+        with foreign(f"The tokenizer of {template.name} fails: {{}}. Name another model."):
+            self._text = " ".join([template.source, *tokenizer.get_added_vocab(), *self._pair])
             self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
         switches = [
-            {name: on}
-            for name in SWITCHES
-            if name in model.template.variables
-            for on in (True, False)
+            {name: on} for name in SWITCHES if name in template.variables for on in (True, False)
         ]
         self._switches: list[dict[str, Any]] = [{}, *switches]
 
@@ -1583,7 +1949,7 @@ class ThoughtFinder:
             else []
         )
         with contextlib.suppress(ChatError):
-            return self._model.template.render(
+            return self._template.render(
                 [*earlier, QUESTION, *reply], add_generation_prompt=not answer, **switches
             )
         return ""
@@ -1614,7 +1980,7 @@ class ThoughtFinder:
 
     def _by_message(self) -> ThoughtFormat | None:
         """Look for a field of the message, or blocks of its content, that come out before the answer."""
-        words = {*re.findall(r"\w+", self._model.template.source)}
+        words = {*re.findall(r"\w+", self._template.source)}
         names = sorted(filter(THOUGHT_WORD.search, words), key=lambda name: (-len(name), name))
         places = [*names, *(place for place in BLOCKS if place.split()[0] in names)]
         for place, switches in itertools.product(places, self._switches):
@@ -1671,6 +2037,14 @@ class ThoughtFinder:
         return ThoughtFormat(start + blanks[0], blanks[1] + end + blanks[2])
 
 
+def detect_thoughts(template: ChatTemplate) -> ThoughtFormat:
+    """Return how a model marks its thoughts, which its template is asked for."""
+    found = ThoughtFinder(template).find()
+    # A thought may also begin with prose, which anybody may write.
+    template.marks = [*filter(MARK.fullmatch, found.marks)]
+    return found
+
+
 class ThoughtSplitter:
     """Tells thoughts from the answer in streamed text; a mark may be split over pieces."""
 
@@ -1690,7 +2064,7 @@ class ThoughtSplitter:
         # What ends an answer; where there is something to begin one too, only after that or another mark.
         self._tail = "" if lead else format.tail
         # All of the text, marks and all; the kind of text that comes next, and what is not certain yet.
-        self.text, self.kind, self._held = "", START, ""
+        self.text, self.state, self._held = "", START, ""
         # What came, after the prompt, of the kinds that are shown.
         self._texts = {"thought": "", "answer": ""}
         list(self.feed(begun))
@@ -1702,7 +2076,7 @@ class ThoughtSplitter:
         while True:
             found = (
                 (self._held.find(mark), mark)
-                for mark in self._marks[self.kind]
+                for mark in self._marks[self.state]
                 if mark and mark in self._held
             )
             place, mark = min(found, default=(0, ""))
@@ -1710,17 +2084,17 @@ class ThoughtSplitter:
                 break
             yield from self._take(place)
             # After the words before it, it may be no mark any more.
-            if mark in (marks := self._marks[self.kind]):
+            if mark in (marks := self._marks[self.state]):
                 self._held = self._held[len(mark) :]
-                self.kind, self._tail = marks[mark], self._format.tail
+                self.state, self._tail = marks[mark], self._format.tail
         yield from self._take(self._certain())
 
     def _certain(self) -> int:
         """Return the length of the held text that is no mark: its end may be the beginning of one."""
         held, marks, tail = (
             self._held,
-            self._marks[self.kind],
-            self._tail.strip() * (self.kind == "answer"),
+            self._marks[self.state],
+            self._tail.strip() * (self.state == "answer"),
         )
         if tail:
             # It ends the answer only if nothing comes after it. Blanks around belong to it.
@@ -1743,7 +2117,7 @@ class ThoughtSplitter:
             text.removesuffix(tail) for text in (self.text, self._texts["answer"])
         )
 
-    def said(self) -> Message:
+    def message(self) -> Message:
         """Return the answer, and the thought if there is one, as a message has them."""
         thought, answer = (
             self._texts[kind].replace(TOKEN_BREAK, "") for kind in ("thought", "answer")
@@ -1755,41 +2129,45 @@ class ThoughtSplitter:
 
     def _take(self, length: int) -> Iterator[Piece]:
         text, self._held = self._held[:length], self._held[length:]
-        if self.kind in (START, BETWEEN):
+        if self.state in (START, BETWEEN):
             # Newlines around the marks belong to them.
             text = text.lstrip("\n") if self._format.end else text
             if not text.strip():
                 return
-            unmarked = self.kind == START and self._format.end and not self._format.start
-            self.kind = "thought" if unmarked else "answer"
-        if self.kind == "thought" and text.strip():
+            unmarked = self.state == START and self._format.end and not self._format.start
+            self.state = "thought" if unmarked else "answer"
+        if self.state == "thought" and text.strip():
             # From here on it would be quoted.
             self._marks["thought"].pop(self._format.start.strip(), None)
         if text:
-            self._texts[self.kind] += text
-            yield Piece(self.kind, text)
+            self._texts[self.state] += text
+            yield Piece(self.state, text)
 
 
 # ---------------------------------------------------------------------------------- Conversation
 
 
-# From here on a prompt takes long enough to say how far its reading is.
+# From this length on, the status line says how much of a prompt has been read.
 LONG_PROMPT_TOKENS = 200
 
 CONTEXT_FULL_MESSAGE = "The reply can't go on: it fills {}. /clear starts over."
 
-# The most tokens that a reply may have outside of its thought and its answer; a model may say blanks without end.
+# The most tokens of a reply outside of thought and answer: a model may generate blanks without end.
 MAX_MARK_TOKENS = 64
 
-# Below this a temperature is as good as 0, and 1 / temperature overflows a float32 further down.
+# Below this a temperature counts as 0: mlx-lm divides by it, which would overflow a float32.
 MIN_TEMPERATURE = 1e-3
+
+# Two made-up prompts, and a made-up reply: what their renderings share does not depend on them.
+MADE_UP_PROMPTS = ("a", "?")
+MADE_UP_REPLY = {"role": "assistant", "content": "a"}
 
 
 @dataclasses.dataclass
 class Statistics:
-    """Figures of one reply. Times are counted from the prompt on, which is when this is made."""
+    """Token counts and times of one reply. Times count from the creation of this object on."""
 
-    context_length: int | None
+    limit_tokens: int | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
@@ -1797,400 +2175,731 @@ class Statistics:
     answer_tokens: int = 0
     time_to_first_token_s: float = 0.0
     total_s: float = 0.0
+    # `stop`, `length` or `interrupted`; None if the reply failed, or has not ended.
     finish_reason: str | None = None
     started_s: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
+    def used_tokens(self) -> int:
+        """The number of tokens of the prompt and the reply."""
+        return self.prompt_tokens + self.generation_tokens
+
+    @property
     def remaining_tokens(self) -> int:
-        """The number of tokens that the context has still room for."""
-        return (self.context_length or sys.maxsize) - self.prompt_tokens - self.generation_tokens
+        """The number of tokens that the context still has room for."""
+        return (self.limit_tokens or sys.maxsize) - self.used_tokens
+
+    def count_token(self, state: str) -> None:
+        """Count one generated token, which left the splitter in this state."""
+        self.generation_tokens += 1
+        self.total_s = time.perf_counter() - self.started_s
+        if self.generation_tokens == 1:
+            self.time_to_first_token_s = self.total_s
+        if state == "thought":
+            self.thought_tokens += 1
+        elif state == "answer":
+            self.answer_tokens += 1
+
+    @property
+    def mark_tokens(self) -> int:
+        """The number of generated tokens that are neither thought nor answer."""
+        return self.generation_tokens - self.thought_tokens - self.answer_tokens
+
+    @property
+    def generation_tps(self) -> float:
+        """Generated tokens per second, without the first, which belongs to the prefill."""
+        decode_s = self.total_s - self.time_to_first_token_s
+        if self.generation_tokens < 2 or not decode_s:
+            return 0.0
+        return (self.generation_tokens - 1) / decode_s
 
     def summary(self) -> str:
-        """Return the statistics as one line."""
-        # The first token belongs to the prefill, not to the decode time.
-        decode_s = self.total_s - self.time_to_first_token_s
-        generation_tps = (
-            (self.generation_tokens - 1) / decode_s
-            if self.generation_tokens > 1 and decode_s
-            else 0.0
-        )
-        new, used = (
-            self.prompt_tokens - self.cached_tokens,
-            self.prompt_tokens + self.generation_tokens,
-        )
-        context = f"{used / self.context_length:.0%}" if self.context_length else f"{used} tokens"
+        """Return the statistics as one line of less than 80 columns."""
+        new_tokens = self.prompt_tokens - self.cached_tokens
+        if self.limit_tokens:
+            context = f"{self.used_tokens / self.limit_tokens:.0%}"
+        else:
+            context = f"{self.used_tokens:,} tokens"
         return (
-            f"{self.total_s:.1f} s · {generation_tps:.1f} tokens/s · first {self.time_to_first_token_s:.2f} s"
-            f" · {new} new, {self.cached_tokens} reused · context {context}"
+            f"{self.total_s:.1f} s · {self.generation_tps:.1f} tokens/s"
+            f" · first {self.time_to_first_token_s:.2f} s"
+            f" · {new_tokens:,} new, {self.cached_tokens:,} ready · context {context}"
         )
 
 
-@dataclasses.dataclass
-class Reply:
-    """A reply under way. It is kept when it was cut or stopped, so that it can go on from the live state."""
+class Limit(NamedTuple):
+    """The most tokens that a prompt and its reply may have together."""
 
-    messages: list[Message]
-    # The first of the messages that the next turn sends.
-    first: int
-    splitter: ThoughtSplitter
-    responses: Generator[Any, None, None]
-    # What the responses go on from; the engine has its last token only with the first of them.
-    prompt: list[int]
+    # None if nothing limits them.
+    tokens: int | None
+    # What sets the limit, for messages.
+    description: str
 
 
-class Conversation:
-    """The messages, and the model's replies to them.
+class FittedPrompt(NamedTuple):
+    """A prompt that leaves room for a reply."""
 
-    Invariant: between two calls `messages` alternates user and assistant, and ends with an assistant's. A
-    reply is a generator of pieces that works while it is consumed: to stop it, close it. If it fails, or is
-    stopped before it has said anything, messages are what they were; stopped later, they keep what was said.
+    # The index of the first message in it: those before are left out.
+    first_sent: int
+    text: str
+    tokens: list[int]
+
+
+class PreparedPrompt(NamedTuple):
+    """A prompt whose state is computed, so that the reply can begin."""
+
+    first_sent: int
+    tokens: list[int]
+    # How many of the tokens were computed before.
+    cached_tokens: int
+    # The part of the reply that the prompt already holds, for instance `<think>`.
+    prefilled: str
+    thought_format: ThoughtFormat
+    # The length of the mark that ends a thought.
+    end_of_thought_tokens: int
+    limit: Limit
+
+
+class Inference:
+    """The half of a conversation that computes. All of it runs on the engine's thread.
+
+    It knows no turns: it is given the messages that a prompt is made of. `Conversation` reaches it
+    through `OnEngine` alone.
     """
 
-    def __init__(self, model: Model, settings: Settings, messages: Sequence[Message] = ()) -> None:
-        self._model, self._settings, self.hosts = model, settings, model.hosts
-        self._format = ThoughtFinder(model).find()
-        # A thought may also begin with prose, which anybody may write.
-        model.template.marks = [*filter(MARK.fullmatch, self._format.marks)]
-        # What closes a thought.
-        self._closing = model.template.encode(self._format.closing)
-        self._cache = PromptCache(model.network, shared=model.hosts.size > 1)
-        # The most tokens that the memory holds; hosts with other layers are to leave out the same turns.
-        memory_bytes = model.memory_bytes
-        self._memory_tokens = memory_bytes and self.hosts.broadcast(
-            self._cache.capacity_tokens(memory_bytes)
-        )
-        # The last reply, if it can go on: its responses end by themselves once nobody holds them.
-        self._unfinished: Reply | None = None
-        # Messages before this one are not sent: they no longer fit.
-        self._first = 0
-        self.messages = list(map(self._format.parted, messages))
-        # A file in which `keep_state` may have kept the engine's state; the first reply looks at it, once.
-        self.state: Path | None = None
-        # The messages before the last `clear`.
-        self._cleared: list[Message] = []
-        # Replies as the model said them, marks and all, by their messages.
-        self._said: dict[str, str] = {}
-        self.statistics = Statistics(None)
-        self.seed(settings.seed)
+    def __init__(self, model: Model, settings: Settings, notes: queue.SimpleQueue[str]) -> None:
+        """`notes` takes the sentences for the user that come up while nobody waits for this."""
+        self._model = model
+        self._settings = settings
+        self._hosts = model.hosts
+        self._notes = notes
+        self._cache = PromptCache(model.network, distributed=model.hosts.size > 1)
+        # A state on disk that the next prompt may begin with; it is looked at once.
+        self._state_file: StateFile | None = None
+        # Set once `warm_up` has ended.
+        self.is_warm = threading.Event()
+
+    def release(self) -> None:
+        """Free the memory of the model and of the conversation. This object is of no use then."""
+        import mlx.core as mx
+
+        vars(self).clear()
+        gc.collect()
+        mx.clear_cache()
+
+    @functools.cached_property
+    def thought_format(self) -> ThoughtFormat:
+        """How the model marks its thoughts, which its template is asked for once."""
+        return detect_thoughts(self._model.template)
+
+    @functools.cached_property
+    def _end_of_thought_tokens(self) -> list[int]:
+        return self._model.template.encode(self.thought_format.end_of_thought)
+
+    @functools.cached_property
+    def limit(self) -> Limit:
+        """The most tokens that the model's context and the memory have room for."""
+        context_length = self._model.context_length
+        memory_tokens = None
+        if self._model.memory_bytes is not None:
+            memory_use = memory_per_token(self._model.network)
+            # The hosts may hold different layers, and have to leave out the same turns.
+            memory_tokens = self._hosts.broadcast(
+                memory_use.capacity_tokens(self._model.memory_bytes)
+            )
+        if memory_tokens is None or (context_length and context_length <= memory_tokens):
+            return Limit(context_length, f"the model's {context_length} tokens")
+        return Limit(memory_tokens, f"this machine's memory (about {memory_tokens} tokens)")
+
+    def warm_up(self) -> None:
+        """Ask the template and measure the memory, once; leave what the user should know as notes.
+
+        Raises `ChatError` if the template can't render a prompt at all.
+        """
+        if self.is_warm.is_set():
+            return
+        try:
+            self._render([{"role": "user", "content": MADE_UP_PROMPTS[0]}])
+            self._note_limits()
+        finally:
+            self.is_warm.set()
+
+    def _note_limits(self) -> None:
+        note = self.thinking_note()
+        if note:
+            self._notes.put(note)
+        if self.limit.tokens != self._model.context_length:
+            self._notes.put(
+                f"The memory has room for a conversation of about {self.limit.tokens} tokens."
+            )
+
+    def thinking_note(self) -> str:
+        """Return a sentence on what the template can't do of the way to think, or nothing."""
+        return thinking_note(self._model.template, self.thought_format, self._settings.think)
 
     def describe_size(self, text: str) -> str:
         """Return the size of a text in tokens, in words that say if it can't fit."""
-        size, (limit, bound) = len(self._model.template.encode(text)), self.limit()
-        full = f", and doesn't fit {bound}" if limit and size > limit else ""
-        return f"{size} tokens{full}"
-
-    def limit(self) -> tuple[int | None, str]:
-        """Return the most tokens that can be sent and said, None if there is no limit, and in words what sets it."""
-        limit, memory_tokens = self._model.context_length, self._memory_tokens
-        if memory_tokens is not None and (limit is None or memory_tokens < limit):
-            return memory_tokens, f"this machine's memory (about {memory_tokens} tokens)"
-        return limit, f"the model's {limit} tokens"
+        size = len(self._model.template.encode(text))
+        if self.limit.tokens and size > self.limit.tokens:
+            return f"{size} tokens, and doesn't fit {self.limit.description}"
+        return f"{size} tokens"
 
     def seed(self, seed: int | None) -> None:
-        """Make what is sampled from here on repeatable; None leaves chance to chance, the same on all hosts."""
+        """Make what is sampled from here on repeatable; None leaves it to chance.
+
+        It is the same on all hosts, which have to choose the same tokens.
+        """
         import mlx.core as mx
 
-        mx.random.seed(self.hosts.broadcast(time.time_ns() if seed is None else seed))
+        mx.random.seed(self._hosts.broadcast(time.time_ns() if seed is None else seed))
 
-    def reply(
-        self, prompt: str, before: list[Message] | None = None
-    ) -> Generator[Piece, None, None]:
-        """Yield the reply to `prompt`, after all messages or those `before`. Raises `ChatError`."""
-        self.statistics = Statistics(self.limit()[0])
-        before = self.messages if before is None else before
-        live = yield from self._begin([*before, {"role": "user", "content": prompt}])
-        yield from self._speak(live)
+    # The prompt
 
-    def retry(self) -> Generator[Piece, None, None]:
-        """Yield another reply to the last prompt, in place of the last one. Raises like `reply`."""
-        if not self.messages:
-            raise ChatError("There is no reply to say again.")
-        *before, prompt, _ = self.messages
-        return self.reply(prompt["content"], before)
+    def _messages_to_send(self, messages: Sequence[Message]) -> list[Message]:
+        if not self._settings.system:
+            return list(messages)
+        return [{"role": "system", "content": self._settings.system}, *messages]
 
-    def continue_reply(self, answer: bool = False) -> Generator[Piece, None, None]:
-        """Go on with a reply that was cut or stopped; with `answer` its thought is closed first. Raises `ChatError`."""
-        if not self.messages or "finish_reason" not in self.messages[-1]:
-            raise ChatError(
-                f"There is nothing to continue{': the last reply is complete' * bool(self.messages)}."
-            )
-        *before, reply = self.messages
-        limit, bound = self.limit()
-        self.statistics = Statistics(limit)
-        live = self._unfinished or (yield from self._begin(before, reply))
-        if answer and live.splitter.kind != "thought":
-            raise ChatError("There is no thought to close: /continue goes on with the answer.")
-        held = len(self._cache.tokens)
-        if limit and held + len(self._closing) * answer >= limit:
-            raise ChatError(CONTEXT_FULL_MESSAGE.format(bound))
-        if self._unfinished:
-            self.statistics.prompt_tokens = self.statistics.cached_tokens = held
-        # If this fails, the reply goes on from a state computed anew.
-        self._unfinished = None
-        if answer:
-            self._close_thought(live)
-        yield from self._speak(live)
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        template = self._model.template
+        # First of all, because the template escapes the marks that this finds.
+        thought_format = self.thought_format
+        sent = []
+        for message in self._messages_to_send(messages):
+            safe = dict(message)
+            for key in ("content", "reasoning_content"):
+                if message.get(key):
+                    safe[key] = template.escape_special_tokens(message[key])
+            sent.append(thought_format.to_template_message(safe))
+        variables = think_variables(template, self._settings.think)
+        return template.render(sent, add_generation_prompt, **variables)
 
-    def _within_text(self, responses: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """Give the first response the blank that mlx-lm takes off at the start of a text."""
-        with contextlib.closing(responses):
-            for count, response in enumerate(responses):
-                piece = str(self._model.template.tokenizer.convert_ids_to_tokens(response.token))
-                if count == 0 and piece.startswith(("Ġ", "▁")):
-                    response.text = " " + response.text.lstrip(" ")
-                yield response
+    def _prompt(self, messages: Sequence[Message], first_sent: int) -> FittedPrompt:
+        text = self._render(messages[first_sent:])
+        return FittedPrompt(first_sent, text, self._model.template.encode(text))
 
-    def _close_thought(self, live: Reply) -> None:
-        """Have the model hear that it has thought enough, and begin the answer; only the mark is computed."""
-        live.responses.close()
-        list(live.splitter.feed(self._format.closing))
-        live.prompt = max(live.prompt, self._cache.tokens, key=len) + self._closing
-        self.statistics.prompt_tokens += len(self._closing)
-        list(self._cache.prefill(live.prompt, 0))
-        live.responses = self._stream(live.prompt)
+    def _fit(self, messages: Sequence[Message], first_sent: int) -> FittedPrompt:
+        """Return the prompt that the messages from `first_sent` on make.
 
-    def undo(self) -> str:
-        """Take the last turn back and return its prompt; where there is none, take `clear` back and return nothing."""
-        if self.messages:
-            *self.messages, prompt, _ = self.messages
-            # Turns left out may fit again.
-            self._unfinished, self._first = None, 0
-            return prompt["content"]
-        if not self._cleared:
-            raise ChatError("There is no turn to take back.")
-        self.messages, self._cleared = self._cleared, []
-        return ""
-
-    def clear(self) -> None:
-        """Start over. The engine's state stays: a new conversation may start with the same tokens."""
-        self._cleared, self.messages = self.messages or self._cleared, []
-        self._unfinished, self._first = None, 0
-
-    def _render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        taken = [
-            self._format.to_template_message(
-                self._as_text(message), self._said.get(str(message), "")
-            )
-            for message in self._settings.with_system(messages)
-        ]
-        return self._model.template.render(
-            taken, add_generation_prompt, **think_variables(self._model, self._settings.think)
-        )
-
-    def _as_text(self, message: Message) -> Message:
-        """Return a message in which nobody can forge a turn, or a thought, by spelling the template's tokens."""
-        texts = {
-            key: self._model.template.escape_special_tokens(message[key])
-            for key in ("content", "reasoning_content")
-            if message.get(key)
-        }
-        return {**message, **texts}
-
-    def _begun(self, text: str, messages: list[Message]) -> str:
-        """Return the part of the reply that a prompt has said already: it may have opened, or closed, a thought."""
-        header = (
-            text[common_prefix(text, self._render(messages, add_generation_prompt=False)) :]
-            if self._format.marks
-            else ""
-        )
-        return next(
-            (header[header.rfind(mark) :] for mark in self._format.marks if mark in header), ""
-        )
-
-    def thinking_note(self) -> str:
-        """Return a sentence on what the template can't do of the way to think that was asked for, or nothing."""
-        think, model = self._settings.think, self._model
-        read = think_variables(model, think)
-        if think is not None and not self._format.end:
-            return f"{model.name} is no reasoning model: there is nothing to think, or not."
-        if think is False and all(BUDGETS.get(read[name], 0) for name in read):
-            return (
-                f"{model.name} can't be told not to think{'; it is asked for little' * bool(read)}."
-            )
-        if isinstance(think, str) and not {*DEGREES, BUDGET} & {*read}:
-            return f"{model.name} can't be told how much to think."
-        return ""
-
-    def _fit(
-        self, messages: list[Message], first: int, said: int = 0
-    ) -> tuple[int, str, list[int]]:
-        """Return the first message that is sent, and the prompt as text and tokens. Raises `ChatError` if none fits.
-
-        Of a reply that goes on, `said` is the number of tokens that follow the prompt.
+        If it leaves no room for a reply, the oldest turns are left out. Raises `ChatError` if not
+        even the last turn fits.
         """
-
-        def prompt(first: int) -> tuple[int, str, list[int]]:
-            text = self._render(messages[first:])
-            return first, text, self._model.template.encode(text)
-
-        limit, bound = self.limit()
-        room = said + 1 if said else min(self._settings.max_tokens, limit // 4) if limit else 0
-        fitting = prompt(first)
-        if limit is None or len(fitting[2]) + room <= limit:
-            return fitting
-        # Leaving out turns moves all the others, so they are computed again: do it seldom, a quarter at a time.
-        firsts = range(first + 2, len(messages), 2)
-        while len(firsts) > 1:
-            half = len(firsts) // 2
-            fits = len(prompt(firsts[half - 1])[2]) + room <= limit * 3 // 4
-            firsts = firsts[:half] if fits else firsts[half:]
-        fitting = prompt(firsts[0]) if firsts else fitting
-        if (size := len(fitting[2])) + room > limit:
-            if said:
-                raise ChatError(CONTEXT_FULL_MESSAGE.format(bound))
-            force = ", or start with --force" * (limit != self._model.context_length)
-            raise ChatError(
-                f"The prompt is too long for {bound}: {size} tokens, with {room} kept for the reply. Shorten it"
-                f"{' or lower max-tokens' if size < limit else ''}{force}."
-            )
-        return fitting
-
-    def keep_state(self, file: Path) -> None:
-        """Write the engine's state, up to where the next prompt will share it. Raises whatever goes wrong."""
-        # A chat that goes on with the messages doesn't know the model's own words, nor what was left out.
-        self._said = {}
-        self._unfinished = None
-        if not self.messages:
-            file.unlink(missing_ok=True)
-        elif self._settings.history:
-            self._cache.rewind(self._fit([*self.messages, {"role": "user", "content": "b"}], 0)[2])
-            self._cache.save(file, self._model.fingerprint)
-
-    def _begin(
-        self, messages: list[Message], reply: Message | None = None
-    ) -> Generator[Piece, None, Reply]:
-        """Compute the state of a prompt, and of a reply of an earlier day up to where it was cut or stopped."""
-        first = self._first if self._settings.history else len(messages) - 1
-        reply = reply and self._as_text(reply)
-        most = len(self._model.template.encode(self._format.said(reply))) if reply else 0
-        fitting, text, tokens = self._fit(messages, first, most)
-        if fitting > first:
-            turns = fitting // 2
-            who = (
-                f"The first {turns} turns no longer fit"
-                if turns > 1
-                else "The first turn no longer fits"
-            )
-            yield Piece("notice", f"{who} {self.limit()[1]}: left out from here on.")
-        self._unfinished = None
-        sent = messages[fitting:]
-        begun = self._begun(text, sent)
-        said = self._format.said(reply, begun) if reply else ""
-        # A clock or a date in the template may be different elsewhere.
-        tokens = self.hosts.broadcast(tokens + self._model.template.encode(said))
-        yield from self._prefill(tokens, sent)
-        splitter, responses = ThoughtSplitter(self._format, begun), self._stream(tokens)
-        list(splitter.feed(said))
-        # Turns that --no-history leaves out are left out of this turn only.
-        later = fitting if self._settings.history else self._first
-        return Reply(
-            messages, later, splitter, self._within_text(responses) if reply else responses, tokens
+        prompt = self._prompt(messages, first_sent)
+        limit = self.limit
+        if limit.tokens is None:
+            return prompt
+        reserved = min(self._settings.max_tokens, limit.tokens // 4)
+        if len(prompt.tokens) + reserved <= limit.tokens:
+            return prompt
+        # To leave out a turn shifts the tokens of all others, which are computed again. So it is
+        # done seldom: each time until a quarter of the context is free.
+        wanted_tokens = limit.tokens * 3 // 4 - reserved
+        prompt = self._without_first_turns(messages, first_sent, wanted_tokens) or prompt
+        size = len(prompt.tokens)
+        if size + reserved <= limit.tokens:
+            return prompt
+        advice = "Shorten it"
+        if size < limit.tokens:
+            advice += " or lower max-tokens"
+        if limit.tokens != self._model.context_length:
+            advice += ", or start with --force"
+        raise ChatError(
+            f"The prompt is too long for {limit.description}: {size} tokens, with {reserved} kept"
+            f" for the reply. {advice}."
         )
 
-    def _prefill(self, tokens: list[int], messages: list[Message]) -> Iterator[Piece]:
-        """Compute the state of the tokens of a prompt, which these messages make, from what is there already."""
-        state, self.state, shared = self.state, None, 0
-        if state:
-            self._cache.load(state, self._model.fingerprint, tokens)
-        statistics, cached = self.statistics, self._cache.rewind(tokens)
-        if state and cached and self._settings.stats:
-            yield Piece(
-                "notice",
-                f"{cached:,} tokens resumed in {time.perf_counter() - statistics.started_s:.1f} s.",
-            )
-        statistics.prompt_tokens, statistics.cached_tokens = len(tokens), cached
-        if not self._cache.can_trim:
-            # The next prompt starts with these of the tokens, whatever is said until then: without, for example, a
-            # thought that the template opened and will not repeat.
-            made_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-            shared = common_prefix(
-                tokens, self._model.template.encode(self._render([*messages, *made_up]))
-            )
-        # A line tells how far it is before the first chunk is through.
-        for done in itertools.chain([cached], self._cache.prefill(tokens, shared)):
-            yield Piece(
-                "prefill", f"{done} of {len(tokens)} tokens" * (len(tokens) > LONG_PROMPT_TOKENS)
-            )
+    def _without_first_turns(
+        self, messages: Sequence[Message], first_sent: int, max_tokens: int
+    ) -> FittedPrompt | None:
+        """Return the prompt with as many turns as fit into so many tokens, at least with the last.
 
-    def _stream(self, tokens: list[int]) -> Generator[Any, None, None]:
+        None if there is only one turn.
+        """
+        candidates = range(first_sent + 2, len(messages), 2)
+        # Bisection, because rendering and encoding are slow.
+        while len(candidates) > 1:
+            middle = len(candidates) // 2
+            if len(self._prompt(messages, candidates[middle - 1]).tokens) <= max_tokens:
+                candidates = candidates[:middle]
+            else:
+                candidates = candidates[middle:]
+        if not candidates:
+            return None
+        return self._prompt(messages, candidates[0])
+
+    def _shared_length(self, tokens: list[int], messages: Sequence[Message]) -> int:
+        """Return how many of a prompt's tokens the next prompt will begin with as well.
+
+        It begins with all of them only if the template repeats all of this one: not, for example,
+        a thought that this one has opened.
+        """
+        next_prompt = {"role": "user", "content": MADE_UP_PROMPTS[0]}
+        next_text = self._render([*messages, MADE_UP_REPLY, next_prompt])
+        return common_prefix(tokens, self._model.template.encode(next_text))
+
+    def _load_state(self, tokens: list[int]) -> None:
+        state_file = self._state_file
+        self._state_file = None
+        if state_file is not None:
+            state_file.load(self._cache, tokens)
+
+    def prepare(
+        self, messages: Sequence[Message], first_sent: int
+    ) -> Generator[Piece | PreparedPrompt, None, None]:
+        """Compute the state of the prompt that these messages make.
+
+        Yields notices and progress, and at last a `PreparedPrompt`. May be closed after any item.
+        Raises `ChatError`.
+        """
+        prompt = self._fit(messages, first_sent)
+        if prompt.first_sent > first_sent:
+            yield self._left_out_notice(prompt.first_sent // 2)
+        sent = messages[prompt.first_sent :]
+        # The hosts' clocks differ, and a template may read the clock: rank 0's tokens count.
+        tokens = self._hosts.broadcast(prompt.tokens)
+        self._load_state(tokens)
+        cached_tokens = self._cache.rewind(tokens)
+        snapshot_at = 0
+        if not self._cache.can_trim:
+            snapshot_at = self._shared_length(tokens, sent)
+        # The status line tells the length before the first step is through.
+        steps = self._cache.prefill(tokens, snapshot_at)
+        for done in itertools.chain([cached_tokens], steps):
+            progress = ""
+            if len(tokens) > LONG_PROMPT_TOKENS:
+                progress = f"{done:,} of {len(tokens):,} tokens"
+            yield Piece("prefill", progress)
+        prefilled = self._prefilled_reply(prompt.text, sent)
+        yield PreparedPrompt(
+            prompt.first_sent,
+            tokens,
+            cached_tokens,
+            prefilled,
+            self.thought_format,
+            len(self._end_of_thought_tokens),
+            self.limit,
+        )
+
+    def _left_out_notice(self, turns: int) -> Piece:
+        subject = f"The first {turns} turns no longer fit"
+        if turns == 1:
+            subject = "The first turn no longer fits"
+        return Piece("notice", f"{subject} {self.limit.description}: left out from here on.")
+
+    def _prefilled_reply(self, text: str, messages: Sequence[Message]) -> str:
+        """Return the part of the reply that a prompt already holds: an opened or closed thought."""
+        marks = self.thought_format.marks
+        if not marks:
+            return ""
+        without_reply = self._render(messages, add_generation_prompt=False)
+        header = text[common_prefix(text, without_reply) :]
+        for mark in marks:
+            if mark in header:
+                return header[header.rfind(mark) :]
+        return ""
+
+    def read_ahead(
+        self, messages: Sequence[Message], first_sent: int, files: Sequence[str]
+    ) -> Generator[None, None, None]:
+        """Compute what is known of the next prompt: all that does not depend on what is typed.
+
+        `files` stand before that prompt. May be closed after any step. Raises `ChatError`.
+        """
+        try:
+            self.warm_up()
+        except ChatError as error:
+            self._notes.put(str(error))
+            return
+        yield
+        prompts = []
+        for made_up in MADE_UP_PROMPTS:
+            content = "\n\n".join([*files, made_up])
+            next_messages = [*messages, {"role": "user", "content": content}]
+            prompts.append(self._fit(next_messages, first_sent))
+            yield
+        one, other = prompts
+        tokens = one.tokens[: common_prefix(one.tokens, other.tokens)]
+        self._load_state(tokens)
+        yield
+        if one.first_sent != other.first_sent or self._cache.has_computed(tokens):
+            return
+        self._cache.rewind(tokens)
+        snapshot_at = 0
+        if not self._cache.can_trim:
+            sent = [*messages, {"role": "user", "content": MADE_UP_PROMPTS[0]}]
+            snapshot_at = self._shared_length(tokens, sent[one.first_sent :])
+            # No snapshot is needed at the end of what is known: the prompt begins with all of it.
+            if snapshot_at >= len(tokens) - 1:
+                snapshot_at = 0
+        for _ in self._cache.prefill(tokens, snapshot_at, READ_AHEAD_STEP_TOKENS):
+            yield
+
+    # The reply
+
+    def generate(self, tokens: list[int]) -> Generator[Token, None, None]:
+        """Yield the tokens of a reply to a prepared prompt. Raises `EngineError`."""
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-        settings, tokenizer = self._settings, self._model.template.tokenizer
+        settings = self._settings
+        tokenizer = self._model.template.tokenizer
 
         def sampler(logprobs: Any) -> Any:
-            # Made anew for each token, so that a changed setting reaches a reply that is continued.
-            return make_sampler(
-                temp=settings.temperature if settings.temperature >= MIN_TEMPERATURE else 0.0,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                # mlx-lm refuses a top_k that leaves nothing out.
-                top_k=settings.top_k if settings.top_k < tokenizer.vocab_size else 0,
-            )(logprobs)
+            # It is made for each token, so that a changed setting reaches a continued reply.
+            temperature = settings.temperature
+            if temperature < MIN_TEMPERATURE:
+                temperature = 0.0
+            # mlx-lm refuses a top_k that leaves nothing out.
+            top_k = settings.top_k if settings.top_k < tokenizer.vocab_size else 0
+            sample = make_sampler(
+                temp=temperature, top_p=settings.top_p, min_p=settings.min_p, top_k=top_k
+            )
+            return sample(logprobs)
 
         penalty = None if settings.repetition_penalty == 1 else settings.repetition_penalty
         processors = make_logits_processors(repetition_penalty=penalty)
         return self._cache.stream(tokenizer, tokens, sampler=sampler, logits_processors=processors)
 
-    def _speak(self, live: Reply) -> Generator[Piece, None, None]:
-        """Yield pieces of a reply, then keep what was said."""
-        statistics, torn = self.statistics, False
+    def generate_answer(self) -> Generator[Token, None, None]:
+        """End the thought that was being generated as the model would, and yield the answer."""
+        tokens = self._cache.tokens + self._end_of_thought_tokens
+        for _ in self._cache.prefill(tokens, 0):
+            pass
+        yield from self.generate(tokens)
+
+    def use_state_file(self, state_file: StateFile) -> None:
+        """Look at this file for the state of the next prompt."""
+        self._state_file = state_file
+
+    def save_state(self, state_file: StateFile, messages: Sequence[Message]) -> None:
+        """Write the state of the messages, up to where the next prompt will share it.
+
+        Raises `OSError` or `ChatError`.
+        """
+        next_messages = [*messages, {"role": "user", "content": MADE_UP_PROMPTS[0]}]
+        # A chat that is continued begins with all of its turns.
+        self._cache.rewind(self._fit(next_messages, 0).tokens)
+        state_file.save(self._cache)
+
+
+@dataclasses.dataclass
+class Generation:
+    """A reply under way. A reply that was cut or stopped keeps it, so that it can be continued."""
+
+    prompt: PreparedPrompt
+    # The messages that it replies to.
+    messages: list[Message]
+    splitter: ThoughtSplitter
+    tokens: EngineIterator[Token]
+    # The tokens of the prompt and of the reply so far.
+    used_tokens: int
+
+
+# A piece without text, for each moment in which the engine is still at work.
+WAITING_PIECE = Piece("waiting", "")
+
+
+class Conversation:
+    """The messages, and the model's replies to them. All of it runs on the main thread.
+
+    Invariant: between two calls `messages` alternates user and assistant, and ends with an
+    assistant's. A reply is a generator of pieces that works while it is consumed: to stop it, close
+    it. If it fails, or is stopped before its first token, messages are what they were; stopped
+    later, they keep what was generated. `messages` is replaced and never changed, so that the
+    engine may still read an older list.
+    """
+
+    def __init__(
+        self, engine: Engine, model: Model, settings: Settings, messages: Sequence[Message] = ()
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self.messages = list(messages)
+        self.statistics = Statistics()
+        # The last reply, if it can be continued: the engine still holds its state.
+        self._unfinished: Generation | None = None
+        # Messages before this one are not sent: they no longer fit.
+        self._first_sent = 0
+        # The messages before the last `clear`.
+        self._before_clear: list[Message] = []
+        self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.use_model(model)
+
+    # The model
+
+    def use_model(self, model: Model) -> None:
+        """Go on with this model, from the beginning or after `release_model`."""
+        self._model = model
+        inference = self._engine.call(Inference, model, self._settings, self._notes)
+        self._is_warm = inference.is_warm
+        self._inference = OnEngine(self._engine, inference)
+        self.seed(self._settings.seed)
+
+    def release_model(self) -> None:
+        """Free the memory that the model and the state take."""
+        self._drop_unfinished()
+        self._inference.call(lambda inference: inference.release())
+
+    def seed(self, seed: int | None) -> None:
+        """Make what is sampled from here on repeatable; None leaves it to chance."""
+        self._inference.call(lambda inference: inference.seed(seed))
+
+    def limit(self) -> Limit:
+        """Return the most tokens that a prompt and its reply may have."""
+        return self._inference.call(lambda inference: inference.limit)
+
+    def describe_size(self, text: str) -> str:
+        """Return the size of a text in tokens, in words that say if it can't fit."""
+        return self._inference.call(lambda inference: inference.describe_size(text))
+
+    def thinking_note(self) -> str:
+        """Return a sentence on what the template can't do of the way to think, or nothing."""
+        return self._inference.call(lambda inference: inference.thinking_note())
+
+    def warm_up(self) -> None:
+        """Ask the template and measure the memory. Raises `ChatError` if the template fails."""
+        self._inference.call(lambda inference: inference.warm_up())
+
+    def wait_until_warm(self, timeout_s: float) -> None:
+        """Wait for the end of `warm_up` in another thread, but not longer than this."""
+        self._is_warm.wait(timeout_s)
+
+    def take_notes(self) -> list[str]:
+        """Return the sentences for the user that came up since the last time."""
+        notes = []
+        while not self._notes.empty():
+            notes.append(self._notes.get())
+        return notes
+
+    # The state
+
+    def read_ahead(self, files: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """Compute what is known of the next prompt, with these files before it, during a block.
+
+        A reply that can be continued keeps its state instead.
+        """
+        if self._unfinished:
+            return contextlib.nullcontext()
+        messages = self.messages
+        first_sent = self._first_to_send(messages)
+        return self._inference.meanwhile(
+            lambda inference: inference.read_ahead(messages, first_sent, files)
+        )
+
+    def load_state(self, path: Path) -> None:
+        """Have the next prompt begin with the state in this file, if it is of use."""
+        state_file = StateFile(path, self._model.fingerprint)
+        self._inference.call(lambda inference: inference.use_state_file(state_file))
+
+    def save_state(self, path: Path) -> None:
+        """Write the engine's state to disk, or remove the file if there is no conversation.
+
+        Raises `OSError` or `ChatError`.
+        """
+        self._drop_unfinished()
+        if not self._engine.is_idle_within(MAX_LEAVE_WAIT_S):
+            raise ChatError("The engine is still at work")
+        messages = self.messages
+        if not messages:
+            path.unlink(missing_ok=True)
+            return
+        # A prompt without history begins with none of it.
+        if self._settings.history:
+            state_file = StateFile(path, self._model.fingerprint)
+            self._inference.call(lambda inference: inference.save_state(state_file, messages))
+
+    # Turns
+
+    def reply(
+        self, prompt: str, before: Sequence[Message] | None = None
+    ) -> Generator[Piece, None, None]:
+        """Yield the reply to `prompt`, after all messages or those `before`. Raises `ChatError`."""
+        earlier = self.messages if before is None else before
+        self.statistics = Statistics()
+        generation = yield from self._start_reply([*earlier, {"role": "user", "content": prompt}])
+        yield from self._finish_reply(generation)
+
+    def retry(self) -> Generator[Piece, None, None]:
+        """Yield another reply to the last prompt, in place of the last one. Raises `ChatError`."""
+        if not self.messages:
+            raise ChatError("There is no reply to generate again.")
+        *before, prompt, _ = self.messages
+        return self.reply(prompt["content"], before)
+
+    def continue_reply(self, end_thought: bool = False) -> Generator[Piece, None, None]:
+        """Continue the last reply, which was cut or stopped; with `end_thought` by its answer.
+
+        Raises `ChatError`.
+        """
+        if not self.messages:
+            raise ChatError("There is nothing to continue.")
+        if "finish_reason" not in self.messages[-1]:
+            raise ChatError("There is nothing to continue: the last reply is complete.")
+        generation = self._unfinished
+        if generation is None:
+            raise ChatError("That reply can't be continued any more: /retry generates it again.")
+        limit = generation.prompt.limit
+        used_tokens = generation.used_tokens
+        self.statistics = Statistics(limit.tokens, used_tokens, used_tokens)
+        if end_thought:
+            yield from self._take_computed_token(generation)
+            if generation.splitter.state != "thought":
+                raise ChatError("There is no thought to end: /continue goes on with the answer.")
+        needed_tokens = generation.prompt.end_of_thought_tokens if end_thought else 0
+        if limit.tokens and used_tokens + needed_tokens >= limit.tokens:
+            raise ChatError(CONTEXT_FULL_MESSAGE.format(limit.description))
+        if end_thought:
+            self._end_thought(generation)
+        yield from self._finish_reply(generation)
+
+    def undo(self) -> str:
+        """Take the last turn back and return its prompt; if there is none, take `clear` back.
+
+        Returns nothing in the second case. Raises `ChatError` if there is nothing to take back.
+        """
+        if self.messages:
+            *messages, prompt, _ = self.messages
+            self._replace_messages(messages)
+            return prompt["content"]
+        if not self._before_clear:
+            raise ChatError("There is no turn to take back.")
+        self._replace_messages(self._before_clear)
+        self._before_clear = []
+        return ""
+
+    def clear(self) -> None:
+        """Start over. The engine's state stays: the new conversation may start the same way."""
+        if self.messages:
+            self._before_clear = self.messages
+        self._replace_messages([])
+
+    def _replace_messages(self, messages: list[Message]) -> None:
+        self.messages = messages
+        # Turns that were left out may fit again.
+        self._first_sent = 0
+        self._drop_unfinished()
+
+    def _drop_unfinished(self) -> None:
+        if self._unfinished:
+            self._unfinished.tokens.close()
+            self._unfinished = None
+
+    # A reply
+
+    def _first_to_send(self, earlier: Sequence[Message]) -> int:
+        """Return the index of the first message that a prompt after these is made of."""
+        # Without history a prompt stands alone.
+        return self._first_sent if self._settings.history else len(earlier)
+
+    def _start_reply(self, messages: list[Message]) -> Generator[Piece, None, Generation]:
+        """Have the engine compute the state up to where the reply to these messages begins."""
+        prompt = yield from self._prepare(messages)
+        self._drop_unfinished()
+        self.statistics.limit_tokens = prompt.limit.tokens
+        self.statistics.prompt_tokens = len(prompt.tokens)
+        self.statistics.cached_tokens = prompt.cached_tokens
+        splitter = ThoughtSplitter(prompt.thought_format, prompt.prefilled)
+        tokens = self._inference.each(lambda inference: inference.generate(prompt.tokens))
+        return Generation(prompt, messages, splitter, tokens, len(prompt.tokens))
+
+    def _prepare(self, messages: list[Message]) -> Generator[Piece, None, PreparedPrompt]:
+        first_sent = self._first_to_send(messages[:-1])
+        steps = self._inference.each(lambda inference: inference.prepare(messages, first_sent))
+        with contextlib.closing(steps):
+            for step in steps:
+                if isinstance(step, PreparedPrompt):
+                    return step
+                yield WAITING_PIECE if step is WAITING else step
+        raise AssertionError("the last step is a PreparedPrompt")
+
+    def _finish_reply(self, generation: Generation) -> Generator[Piece, None, None]:
+        """Yield the pieces of a reply, and store it however it ends, unless the engine fails."""
+        statistics = self.statistics
+        # It can be continued again once it has been stopped again.
+        self._unfinished = None
         try:
-            yield from self._pieces(live)
-        except (GeneratorExit, KeyboardInterrupt) as stop:
-            # Whoever consumes the reply has heard enough; one that was torn goes on from a state computed anew.
-            torn = isinstance(stop, KeyboardInterrupt)
+            yield from self._generate(generation)
+        except (GeneratorExit, KeyboardInterrupt):
+            # The consumer has closed this to stop the reply, or a signal ends the program.
             statistics.finish_reason = statistics.finish_reason or "interrupted"
             raise
         finally:
-            # A reply that failed has no reason to finish.
             if statistics.finish_reason and statistics.generation_tokens:
-                self._keep(live, statistics.finish_reason)
-                self._unfinished = None if torn or statistics.finish_reason == "stop" else live
+                self._store_reply(generation, statistics.finish_reason)
+            elif statistics.finish_reason:
+                generation.tokens.close()
 
-    def _pieces(self, live: Reply) -> Iterator[Piece]:
-        statistics, splitter, settings = self.statistics, live.splitter, self._settings
-        # A thought that is closed goes on with other responses.
-        while response := next(live.responses, None):
-            statistics.generation_tokens += 1
-            statistics.total_s = time.perf_counter() - statistics.started_s
-            statistics.time_to_first_token_s = (
-                statistics.time_to_first_token_s or statistics.total_s
-            )
-            statistics.finish_reason = response.finish_reason
-            yield from splitter.feed(response.text)
-            statistics.thought_tokens += splitter.kind == "thought"
-            statistics.answer_tokens += splitter.kind == "answer"
-            marks = (
-                statistics.generation_tokens - statistics.thought_tokens - statistics.answer_tokens
-            )
-            if response.finish_reason:
+    def _generate(self, generation: Generation) -> Generator[Piece, None, None]:
+        statistics = self.statistics
+        settings = self._settings
+        splitter = generation.splitter
+        end_of_thought_tokens = generation.prompt.end_of_thought_tokens
+        while True:
+            token = yield from self._next_token(generation)
+            if token is None:
+                return
+            yield from self._split(generation, token)
+            if token.finish_reason:
+                statistics.finish_reason = token.finish_reason
                 yield from splitter.finish()
                 continue
-            enough = (
-                splitter.kind == "thought"
+            thought_is_full = (
+                splitter.state == "thought"
                 and statistics.thought_tokens == settings.max_thought_tokens
             )
-            full = statistics.remaining_tokens <= len(self._closing) * enough
-            if full or statistics.answer_tokens >= settings.max_tokens or marks > MAX_MARK_TOKENS:
+            needed_tokens = end_of_thought_tokens if thought_is_full else 0
+            if (
+                statistics.remaining_tokens <= needed_tokens
+                or statistics.answer_tokens >= settings.max_tokens
+                or statistics.mark_tokens > MAX_MARK_TOKENS
+            ):
                 statistics.finish_reason = "length"
                 return
-            if enough:
-                yield Piece(
-                    "notice",
-                    f"Thought enough: {statistics.thought_tokens} tokens; the answer begins.",
-                )
-                self._close_thought(live)
+            if thought_is_full:
+                tokens = statistics.thought_tokens
+                yield Piece("notice", f"Thought enough: {tokens} tokens; the answer begins.")
+                self._end_thought(generation)
 
-    def _keep(self, live: Reply, finish_reason: str) -> None:
-        message = {"role": "assistant", **live.splitter.said()}
+    def _next_token(self, generation: Generation) -> Generator[Piece, None, Token | None]:
+        """Wait for the next token, and return it; None at the end of the reply."""
+        for token in generation.tokens:
+            if token is not WAITING:
+                return token
+            yield WAITING_PIECE
+        return None
+
+    def _split(self, generation: Generation, token: Token) -> Generator[Piece, None, None]:
+        """Count a token, and yield what is certain to be thought or answer."""
+        pieces = list(generation.splitter.feed(token.text))
+        self.statistics.count_token(generation.splitter.state)
+        generation.used_tokens += 1
+        # Whoever stops the reply here has got the token: it is counted and stored.
+        yield from pieces
+
+    def _take_computed_token(self, generation: Generation) -> Generator[Piece, None, None]:
+        """Yield the token that the engine was computing when the reply was stopped, if it was."""
+        if generation.tokens.is_computing:
+            token = yield from self._next_token(generation)
+            if token is not None:
+                yield from self._split(generation, token)
+
+    def _end_thought(self, generation: Generation) -> None:
+        """End the thought as the model would have: feed it the mark, and go on with the answer."""
+        generation.tokens.close()
+        for _ in generation.splitter.feed(generation.prompt.thought_format.end_of_thought):
+            pass
+        generation.used_tokens += generation.prompt.end_of_thought_tokens
+        self.statistics.prompt_tokens += generation.prompt.end_of_thought_tokens
+        generation.tokens = self._inference.each(lambda inference: inference.generate_answer())
+
+    def _store_reply(self, generation: Generation, finish_reason: str) -> None:
+        message = {"role": "assistant", **generation.splitter.message()}
         if finish_reason != "stop":
             message["finish_reason"] = finish_reason
-        # Only the marks of the one thought are more than text.
-        said = self._model.template.escape_special_tokens(live.splitter.text)
-        for mark in self._format.marks:
-            said = said.replace(self._model.template.escape_special_tokens(mark), mark, 1)
-        self._said[str(message)] = said
-        self._first, self.messages = live.first, [*live.messages, message]
+            self._unfinished = generation
+        # --no-history leaves turns out of one prompt only.
+        if self._settings.history:
+            self._first_sent = generation.prompt.first_sent
+        self.messages = [*generation.messages, message]
 
 
 # --------------------------------------------------------------------------------------- Keeping
@@ -2248,7 +2957,7 @@ class SessionFile:
 
     def __init__(self, path: Path) -> None:
         """Open or create the file, and read it. Raises `ChatError`, with the file untouched, if it is no session."""
-        self._path = path
+        self.path = path
         # The file beside this one that holds the engine's state after the messages, if that was kept.
         self.state_path = path.parent / f"{path.name}.state.safetensors"
         with foreign(f"{path} can't be used as a session: {{}}. Name another file."):
@@ -2275,7 +2984,7 @@ class SessionFile:
         roles = ["system", "user"]
         for count, line in enumerate(io.BytesIO(self._file.readall()), 1):
             with foreign(
-                f"{self._path} is no session of llmchat: line {count}: {{}}. Name another file."
+                f"{self.path} is no session of llmchat: line {count}: {{}}. Name another file."
             ):
                 message = json.loads(line)
                 if not isinstance(message, dict) or message.get("role") not in roles:
@@ -2295,10 +3004,10 @@ class SessionFile:
         """Make the file hold these messages, on disk when this returns. Raises `ChatError`."""
         if messages == self.messages:
             return
-        with foreign(f"{self._path} could not be written: {{}}. /save FILE may."):
+        with foreign(f"{self.path} could not be written: {{}}. /save FILE may."):
             replaced, self._file = (
                 self._file,
-                replace_file(self._path, as_lines(messages), locked=True),
+                replace_file(self.path, as_lines(messages), locked=True),
             )
         replaced.close()
         self.messages = list(messages)
@@ -3075,121 +3784,154 @@ class LineEditor:
             self._history = None
 
 
-# --------------------------------------------------------------------------------------- Program
+# --------------------------------------------------------------------------------------- Signals
 
 
-LEAVE_WORDS = ("quit", "bye", "exit")
-# The last lines of a prompt that are shown of a conversation that goes on.
-SHOWN_LINES = 10
-KEYS_HELP = (
-    (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
-    ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line"),
-    ("Up, Ctrl+R, Tab", "earlier prompts; find one; complete commands and file names"),
-    ('Alt+Enter, """', "a new line (not with libedit); begin and end a prompt of several lines"),
-    ("//", "begin a prompt with a slash"),
-)
+class OnInterrupt(enum.Enum):
+    """What Ctrl+C does at this moment."""
+
+    EXIT = "end the program"  # outside of an interactive chat, and while the model loads
+    CANCEL = (
+        "raise KeyboardInterrupt"  # a line is being typed, files are read, an answer is awaited
+    )
+    STOP = "note that a stop is requested"  # in a chat otherwise: the reply looks at the note
 
 
 class Signals:
-    """Handles the signals while entered, and gives them back.
+    """Handles Ctrl+C and the signals that end the program, as a context manager.
 
-    They end the program by way of all that cleans up. In a chat on a terminal Ctrl+C does not: it drops the line that
-    is being read, and asks a reply to stop. Nothing else is torn from its work but the reading of files and the
-    rendering of a prompt (a template may never end), and, by a second press, an engine that doesn't stop.
+    A signal that ends the program leaves its exit status in `exit_status` and raises
+    `KeyboardInterrupt`, so that everything is cleaned up on the way out. What Ctrl+C does in a chat
+    depends on `on_interrupt`:
+
+        EXIT  -- start_chat -->  STOP  <-- cancellable -->  CANCEL
+
+    Only the main thread gets signals, and it never runs the engine: none can tear a computation.
     """
 
-    # A signal that is ignored by default, so that nobody else means anything by it here.
+    # Sent by the program to itself. It is ignored by default, so no other program sends it.
     WAKE = signal.SIGURG
 
     def __init__(self) -> None:
-        # The exit status, once a signal has ended the program.
         self.exit_status = 0
-        # Somebody chats; the next press tears what goes on now from its work, or the second does; there was a press.
-        self.chatting = self.tearing = self.replying = self.pressed = False
-        # There was a Ctrl+C in this reply: a thread knows that while Python waits for the engine.
-        self.seen = False
-        # What ends the program does so at the next `leave_if_due`.
-        self.held = False
+        self.on_interrupt = OnInterrupt.EXIT
+        # The user has asked, by Ctrl+C or Esc, to stop what is going on.
+        self.stop_requested = False
 
     def __enter__(self) -> Signals:
-        # Under nohup, SIGHUP is to be ignored, and SIGINT in the background of a script.
-        numbers = [
-            number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+        # A signal that is ignored at the start stays ignored: SIGHUP under nohup, SIGINT in the
+        # background of a script.
+        self._old_handlers = [
+            (number, signal.signal(number, self._handle))
+            for number in ENDING_SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN
         ]
-        self._found = [(number, signal.signal(number, self._handle)) for number in numbers]
-        # In a callback of an import Python would print what ends the program, and go on; `leave_if_due` sees to that.
-        self._hook = sys.unraisablehook
-        sys.unraisablehook = lambda error: None if self.exit_status else self._hook(error)
         signal.signal(self.WAKE, lambda *_: None)
-        woken, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        signal.set_wakeup_fd(self._wake)
-        threading.Thread(target=self._repeat, args=(woken,), daemon=True).start()
+        wakeup_read, self._wakeup_write = os.pipe()
+        os.set_blocking(self._wakeup_write, False)
+        signal.set_wakeup_fd(self._wakeup_write)
+        threading.Thread(target=self._watch, args=(wakeup_read,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         signal.set_wakeup_fd(-1)
-        os.close(self._wake)
-        sys.unraisablehook = self._hook
-        for found in self._found:
-            signal.signal(*found)
+        os.close(self._wakeup_write)
+        for number, handler in self._old_handlers:
+            signal.signal(number, handler)
 
-    def _repeat(self, woken: int) -> None:
-        """Wake the main thread after each signal.
+    def _watch(self, wakeup_read: int) -> None:
+        """Send the main thread a second signal after each one.
 
-        Python looks at one only if it ends a wait for input: it may have come just before that, or to another thread.
+        `input()` misses a signal that arrives just before it begins to wait.
         """
-        while number := os.read(woken, 1):
-            self.seen |= self.replying and number[0] == signal.SIGINT
-            if number[0] != self.WAKE:
+        while data := os.read(wakeup_read, 1):
+            if data[0] != self.WAKE:
                 time.sleep(BURST_S)
                 signal.pthread_kill(threading.main_thread().ident or 0, self.WAKE)
-        os.close(woken)
+        os.close(wakeup_read)
+
+    def start_chat(self) -> None:
+        """From here on Ctrl+C stops what is going on, and not the program."""
+        self.on_interrupt = OnInterrupt.STOP
 
     @contextlib.contextmanager
-    def tearable(self) -> Iterator[None]:
-        """Have a press tear what is done meanwhile from its work."""
-        self.tearing = True
+    def cancellable(self) -> Iterator[None]:
+        """In a chat, have Ctrl+C raise `KeyboardInterrupt` in this block."""
+        before = self.on_interrupt
+        if before is OnInterrupt.STOP:
+            self.on_interrupt = OnInterrupt.CANCEL
         try:
             yield
         finally:
-            self.tearing = self.replying = False
+            self.on_interrupt = before
 
-    def press(self) -> None:
-        """Ask the reply to stop."""
-        self.pressed = True
+    def request_stop(self) -> None:
+        """Ask to stop what is going on. Any thread may call this."""
+        self.stop_requested = True
 
     def exit_if_signalled(self) -> None:
-        """End the program if a signal was to do so and a library, most of all in an import, has swallowed that."""
+        """Raise `SystemExit` if a signal should have ended the program, but a library went on."""
         if self.exit_status:
             raise SystemExit(self.exit_status)
 
     def _handle(self, signum: int, frame: object) -> None:
-        if signum == signal.SIGINT and self.chatting:
-            torn = self.tearing or (self.replying and self.pressed)
-            self.press()
-            if torn:
-                # Only once: what is done about it must not be torn too.
-                self.tearing = self.replying = False
-                raise KeyboardInterrupt
-        else:
+        if signum != signal.SIGINT or self.on_interrupt is OnInterrupt.EXIT:
             self.exit_status = 128 + signum
-            if not self.held:
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        if self.on_interrupt is OnInterrupt.CANCEL:
+            # The code that cleans up must not be interrupted again.
+            self.on_interrupt = OnInterrupt.STOP
+            raise KeyboardInterrupt
 
 
-# What may follow each command, what it does, and the method of `Chat` that obeys it.
-COMMANDS: dict[str, tuple[str, str, Callable[[Chat, str], None]]] = {}
+# -------------------------------------------------------------------------------------- Commands
 
 
-def command(arguments: str = "") -> Callable[[Any], Any]:
-    """Declare a method as a command: its name is the word, its docstring the help."""
+class Command(NamedTuple):
+    """A command of the chat."""
 
-    def declare(method: Any) -> Any:
-        COMMANDS["/" + method.__name__.strip("_")] = arguments, method.__doc__.rstrip("."), method
-        return method
+    # What may follow its name, for /help; empty if nothing may.
+    arguments: str
+    help: str
+    run: Callable[[Chat, str], None]
+
+
+COMMANDS: dict[str, Command] = {}
+
+# A command: its name, and its text.
+COMMAND_LINE = re.compile(r"(/[a-z]+|/\?)(?:\s+(.*))?", re.DOTALL | re.IGNORECASE)
+
+SLASH_HINT = "To send a line that starts with /, type //."
+
+
+def command(
+    name: str, arguments: str = ""
+) -> Callable[[Callable[[Chat, str], None]], Callable[[Chat, str], None]]:
+    """Declare a function as a command; the first line of its docstring is the help."""
+
+    def declare(run: Callable[[Chat, str], None]) -> Callable[[Chat, str], None]:
+        help_text = (run.__doc__ or "").partition("\n")[0].rstrip(".")
+        COMMANDS[name] = Command(arguments, help_text, run)
+        return run
 
     return declare
+
+
+def find_command(line: str) -> tuple[Command, str]:
+    """Return the command that a line names, and its text. Raises `ChatError`."""
+    match = COMMAND_LINE.fullmatch(line.strip())
+    name = match[1].lower() if match else shorten(line, 40)
+    text = (match[2] or "").strip() if match else ""
+    if name == "/?":
+        name = "/help"
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or "; /help lists them."
+        raise ChatError(f"There is no command {name}{hint} {SLASH_HINT}")
+    found = COMMANDS[name]
+    if text and not found.arguments:
+        raise ChatError(f"{name} takes no text: nothing was done. {SLASH_HINT}")
+    return found, text
 
 
 def completions(line: str) -> list[str]:
@@ -3262,375 +4004,6 @@ def put_in_clipboard(text: str, screen: Screen) -> str:
     return f"{len(text)} characters went to the terminal, to be copied."
 
 
-@dataclasses.dataclass
-class Chat:
-    """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
-
-    conversation: Conversation
-    screen: Screen
-    editor: LineEditor
-    settings: Settings
-    session: SessionFile | None = None
-    kept: SavedChats | None = None
-    signals: Signals = dataclasses.field(default_factory=Signals)
-    # The texts of files that go before the next prompt.
-    files: list[str] = dataclasses.field(default_factory=list)
-    # The prompt that stands in the next line for editing.
-    draft: str = ""
-    # The turns that were set aside last.
-    aside: Sequence[Message] = ()
-    # An error was said; the session could not be written last time.
-    failed: bool = False
-    unkept: bool = False
-
-    def welcome(self) -> None:
-        """Say how to go on, and with which conversation."""
-        if self.screen.interactive:
-            hosts = f"on {self.conversation.hosts.size} hosts · quit leaves"
-            leave = "quit or Ctrl+D leaves" if self.editor.interactive else hosts
-            self.screen.notice(
-                f"{Path(str(self.settings.model)).name} · /help lists the commands · {leave}"
-            )
-        if self.session and (turns := self.conversation.messages):
-            count = f"{len(turns) // 2} turn{'s' * (len(turns) > len('ab'))}"
-            day = self.session.modified.date()
-            moment = (
-                f"{'today' if day == datetime.now().date() else day}, {self.session.modified:%H:%M}"
-            )
-            self.screen.notice(f"Going on with {count} of {self.settings.session or moment}.")
-            if self.screen.interactive:
-                # Files may stand before a prompt.
-                prompt, reply = (message["content"] for message in turns[-2:])
-                self.screen.notice("\n".join([*prompt.splitlines()[-SHOWN_LINES:], reply]))
-
-    def run(self) -> None:
-        """Talk until the user leaves."""
-        prompt, leaving = "", False
-        while prompt.lower().removeprefix("/") not in LEAVE_WORDS:
-            if prompt:
-                self._handle_prompt(prompt)
-            try:
-                prompt, leaving = self._read(), False
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                self.signals.exit_if_signalled()
-                again, leaving = leaving, not self.editor.line_has_text()
-                if again and leaving:
-                    break
-                if leaving:
-                    self.screen.notice("Press Ctrl+C again to leave, or type quit.")
-                prompt = ""
-        self.screen.write("Goodbye!\n")
-
-    def _read(self) -> str:
-        draft, self.draft = self.draft, ""
-        self.signals.exit_if_signalled()
-        with self.signals.tearable():
-            self.signals.pressed = False
-            # A prompt that starts with a slash is typed with two.
-            return self.editor.read_prompt("/" * draft.startswith("/") + draft)
-
-    def _handle_prompt(self, prompt: str) -> None:
-        self.editor.add_to_history(prompt)
-        try:
-            self._dispatch(prompt)
-        except ChatError as error:
-            self.signals.exit_if_signalled()
-            # An error is said, and the chat goes on, but where other hosts don't know of it.
-            if isinstance(error, EngineError) and self.conversation.hosts.size > 1:
-                raise
-            self._show_error(error)
-        except KeyboardInterrupt:
-            self.signals.exit_if_signalled()
-            self.screen.end_reply()
-            self.screen.notice("Stopped.")
-        self._keep()
-
-    def _show_error(self, error: ChatError) -> None:
-        self.screen.end_reply()
-        self.screen.notice(str(error), RED)
-        self.failed = True
-
-    def _dispatch(self, prompt: str) -> None:
-        word, rest = [*prompt.split(None, 1), ""][:2]
-        word = "/help" if word == "/?" else word.lower()
-        # A pasted block is never a command; a system prompt may have several lines.
-        if not re.fullmatch(r"/[a-z]+", word) or ("\n" in prompt and word != "/system"):
-            self.send(prompt[1:] if prompt.startswith("//") else prompt)
-        elif word not in COMMANDS:
-            hint = did_you_mean(word, COMMANDS) or "; /help lists them."
-            raise ChatError(
-                f"There is no command {word}{hint} To send a line that starts with /, type //."
-            )
-        elif rest and not COMMANDS[word][0]:
-            raise ChatError(
-                f"{word} takes no text: nothing was done. To send a line that starts with /, type //."
-            )
-        else:
-            COMMANDS[word][2](self, rest.strip())
-
-    def send(self, prompt: str) -> None:
-        """Show the reply to a prompt. Raises `ChatError`."""
-        # A prompt that was refused, stopped at once, or that the engine failed on stands in the next line.
-        self.draft, before = prompt, self.conversation.messages
-        prompt = "\n\n".join([*self.files, prompt])
-        # The prompt of a chat is written down before its reply comes: a crash loses only the reply.
-        if self.settings.prompt is None:
-            self._keep({"role": "user", "content": prompt})
-        try:
-            self._show(self.conversation.reply(prompt))
-        finally:
-            if self.conversation.messages is not before:
-                self.files, self.draft = [], ""
-                self._keep()
-
-    def answer_once(self, prompt: str) -> int:
-        """Show the one reply; return the exit status. Raises `ChatError`, also for a thought without an answer."""
-        self.send(prompt)
-        reply = self.conversation.messages[-1]
-        if "finish_reason" in reply and not reply["content"]:
-            raise ChatError(
-                "The reply ended within its thought: --max-thought-tokens closes that sooner."
-            )
-        if not reply["content"].strip():
-            raise ChatError("The reply holds no answer: ask again, or in other words.")
-        return int(self.failed)
-
-    def _keep(self, *asked: Message) -> None:
-        """Write the conversation down. That it can't be written is said once, and the chat goes on."""
-        turns = [*self.conversation.messages, *asked]
-        try:
-            if self.session is None and self.kept and turns:
-                self.session = self.kept.create(str(self.settings.model))
-            if self.session:
-                # A system prompt by itself is no conversation to go on with.
-                self.session.save(
-                    self.settings.with_system(turns) if turns or self.settings.session else []
-                )
-            self.unkept = False
-        except ChatError as error:
-            if not self.unkept:
-                self._show_error(error)
-            self.unkept = True
-
-    def close(self) -> None:
-        """Keep the engine's state beside the session, if that is wanted."""
-        if not (self.settings.keep_state and self.session):
-            return
-        self.screen.show_status(lambda: "keeping the state")
-        try:
-            self.conversation.keep_state(self.session.state_path)
-        except Exception as error:
-            # Only time is lost, and it must not hide why the chat is left, perhaps with the terminal gone.
-            with contextlib.suppress(OSError):
-                self.screen.notice(f"The state is not kept: {root_cause_text(error)}.")
-
-    def _set_aside(self) -> None:
-        """Keep the conversation as it is on disk now in a file of its own: what follows is another one."""
-        turns = self.conversation.messages
-        # Of one that nothing was added to, a copy is enough.
-        if self.session and self.session.messages and self.kept and turns != self.aside:
-            with contextlib.closing(self.kept.create(str(self.settings.model))) as aside:
-                aside.save(self.session.messages)
-            self.aside = turns
-
-    def _show(self, pieces: Generator[Piece, None, None]) -> None:
-        self.screen.hide_thoughts, self.screen.plain = (
-            self.settings.hide_thoughts,
-            self.settings.plain,
-        )
-        doing, signals = "reading the prompt", self.signals
-        wait = functools.partial(
-            self.screen.show_status,
-            lambda: "stopping..." if signals.pressed or signals.seen else doing,
-        )
-        signals.seen = False
-        wait()
-        # To close a reply is to stop it.
-        with signals.tearable(), contextlib.closing(pieces):
-            for piece in pieces:
-                signals.tearing, signals.replying = False, True
-                if piece.kind == "prefill" and piece.text:
-                    doing = f"reading the prompt: {piece.text}"
-                self.screen.show(piece)
-                if piece.kind == "notice":
-                    wait()
-                if signals.pressed:
-                    break
-        self.screen.end_reply()
-        self._show_ending(self.conversation.statistics)
-
-    def _show_ending(self, statistics: Statistics) -> None:
-        """Say how a reply ended, where that is not plain to see."""
-        reply: Message = self.conversation.messages[-1] if self.conversation.messages else {}
-        ended, said = statistics.finish_reason, statistics.generation_tokens
-        goes_on = "/continue goes on"
-        if statistics.remaining_tokens <= 0:
-            goes_on = "the context is full"
-        elif self.settings.prompt is not None:
-            goes_on = "--max-tokens allows more"
-        elif "reasoning_content" in reply and not reply["content"]:
-            goes_on = "/continue goes on, /answer ends the thought"
-        if self.signals.pressed and ended != "stop":
-            self.screen.notice(f"Stopped; {goes_on}." if said else "Stopped.")
-        elif ended == "length":
-            self.screen.notice(f"Cut at {statistics.answer_tokens or said} tokens; {goes_on}.")
-        elif ended == "stop" and not reply["content"].strip():
-            self.screen.notice("(an empty reply)")
-        if ended and self.settings.stats:
-            self.screen.notice(statistics.summary())
-
-    @command()
-    def _help(self, rest: str) -> None:
-        """List the commands."""
-        commands = [
-            (f"{name} {arguments}", does) for name, (arguments, does, _) in COMMANDS.items()
-        ]
-        self._write_table([*commands, *KEYS_HELP])
-
-    @command()
-    def _clear(self, rest: str) -> None:
-        """Start a new conversation; /undo brings this one back."""
-        self._set_aside()
-        self.conversation.clear()
-        self.screen.notice("A new conversation.")
-
-    @command()
-    def _retry(self, rest: str) -> None:
-        """Say the last reply again."""
-        self._show(self.conversation.retry())
-
-    @command()
-    def _undo(self, rest: str) -> None:
-        """Take the last turn back and edit its prompt."""
-        self.draft = self.conversation.undo()
-        self.screen.notice(
-            "The last turn is taken back." if self.draft else "The conversation is back."
-        )
-
-    @command()
-    def _continue(self, rest: str) -> None:
-        """Go on with a reply that was cut or stopped."""
-        self._show(self.conversation.continue_reply())
-
-    @command()
-    def _answer(self, rest: str) -> None:
-        """Close a thought that was cut or stopped: the answer begins."""
-        self._show(self.conversation.continue_reply(answer=True))
-
-    @command("[TEXT]")
-    def _system(self, rest: str) -> None:
-        """Show or set the system prompt; - removes it."""
-        if rest:
-            self._set(f"system {'default' if rest == '-' else rest}")
-        else:
-            self.screen.write(
-                f"{strip_control_characters(self.settings.system or 'There is no system prompt.')}\n"
-            )
-
-    @command("[KEY VALUE]")
-    def _set(self, rest: str) -> None:
-        """List the settings, show one, or change it; the value default puts it back."""
-        key, value = [*re.split(r"[\s=]+", rest, maxsplit=1), ""][:2]
-        name = KEYS.get(key.lower().replace("_", "-"), ("", False))[0]
-        if not value and (name or not key):
-            rows = []
-            for each in (
-                [name] if name else [each for each in OPTIONS if OPTIONS[each].scope is CHAT]
-            ):
-                value = strip_control_characters(format_value(getattr(self.settings, each)))
-                rows.append(
-                    (each.replace("_", "-"), value, self.settings.sources.get(each, "default"))
-                )
-            self._write_table(rows)
-            return
-        if name == "system":
-            self._set_aside()
-        with foreign(f"{key} {{}}"):
-            name = self.settings.set_from_text(key, value.strip(), "here", [CHAT])
-        if name == "seed":
-            self.conversation.seed(self.settings.seed)
-        self.screen.notice(
-            f"{name.replace('_', '-')} = {format_value(getattr(self.settings, name))}"
-        )
-        if name == "think" and (doubt := self.conversation.thinking_note()):
-            self.screen.notice(doubt)
-
-    @command("[on|off]")
-    def _stats(self, rest: str) -> None:
-        """Show statistics after each reply, or no longer."""
-        self._set(f"stats {rest or ('off' if self.settings.stats else 'on')}")
-
-    @command("[PATH ...]")
-    def _file(self, rest: str) -> None:
-        """Put files before the next prompt; - drops them."""
-        self.screen.show_status(lambda: "reading files")
-        # A pattern may lead through all of a disk.
-        with self.signals.tearable(), foreign(f"/file {shorten(rest)}: {{}}"):
-            words = [rest] if os.path.exists(os.path.expanduser(rest)) else shlex.split(rest)
-            self.files = [] if words == ["-"] else self.files + read_texts(words)
-        for text in self.files:
-            self.screen.notice(
-                f"{text.partition(chr(10))[0]} {self.conversation.describe_size(text)}"
-            )
-        if not self.files:
-            self.screen.notice("No files wait for the next prompt.")
-
-    @command("[TEXT]")
-    def _edit(self, rest: str) -> None:
-        """Edit TEXT, or the last prompt, in $VISUAL or $EDITOR."""
-        program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-        before = "".join(message["content"] for message in self.conversation.messages[-2:-1])
-        with tempfile.TemporaryDirectory(prefix="llmchat") as folder, self.editor.suspended():
-            file = Path(folder, "prompt.md")
-            file.write_text(rest or before, encoding="utf-8", errors="replace")
-            with foreign(f"{program} can't be used to edit: {{}}. Set EDITOR to another one."):
-                status = subprocess.run([*shlex.split(program), str(file)], check=False).returncode
-                text = file.read_text(encoding="utf-8", errors="replace").strip("\n")
-        if status:
-            raise ChatError(f"{program} ended with status {status}: nothing is taken from it.")
-        self.draft = text
-
-    @command("[code [N]]")
-    def _copy(self, rest: str) -> None:
-        """Copy the last answer, or its last or Nth block of code."""
-        if not self.conversation.messages:
-            raise ChatError("There is no answer to copy.")
-        answer = self.conversation.messages[-1]["content"].strip()
-        blocks = re.findall(r"^(```+|~~~+).*\n((?:.*\n)*?)\1", answer, re.MULTILINE)
-        parts = {"": answer}
-        for count, (_, block) in enumerate(blocks, 1):
-            parts["code"] = parts[f"code {count}"] = block
-        if rest not in parts:
-            raise ChatError(f"There is no such block of code: the last answer has {len(blocks)}.")
-        self.screen.notice(put_in_clipboard(parts[rest], self.screen))
-
-    @command("FILE")
-    def _save(self, rest: str) -> None:
-        """Write the conversation: NAME.md as Markdown, else as --session does."""
-        if not rest:
-            raise ChatError("/save needs the name of a file.")
-        if self.conversation.hosts.rank:
-            return
-        path = Path(os.path.expanduser(strip_quotes(rest)))
-        written = as_markdown if path.suffix == ".md" else as_lines
-        with foreign(f"{shorten(rest)} could not be written: {{}}. Name another file."):
-            if path.exists():
-                raise ChatError(
-                    f"{path} is there already, and was not replaced: name another file."
-                )
-            replace_file(
-                path, written(self.settings.with_system(self.conversation.messages))
-            ).close()
-        self.screen.notice(f"{len(self.conversation.messages)} messages are in {path}.")
-
-    def _write_table(self, rows: Sequence[Sequence[str]]) -> None:
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for row in rows:
-            self.screen.write("  ".join(map(str.ljust, row, widths)).rstrip() + "\n")
-
-
 def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
     """Return the prompt that `-p TEXT` sends: piped standard input goes before TEXT, and is all if TEXT is `-`.
 
@@ -3651,32 +4024,553 @@ def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
     return prompt
 
 
-def open_session(
-    settings: Settings, kept: SavedChats, screen: Screen
-) -> tuple[SessionFile | None, list[Message], str]:
-    """Return the session file, the turns in it, and a last prompt that is still without its reply.
+def write_table(screen: Screen, rows: Sequence[Sequence[str]]) -> None:
+    """Write rows of texts in columns into the session."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        screen.write("  ".join(cells).rstrip() + "\n")
 
-    The system prompt comes from the file unless one was given, and so does the model. Raises `ChatError`.
+
+@command("/help")
+def show_help(chat: Chat, text: str) -> None:
+    """List the commands and keys."""
+    rows = [(f"{name} {each.arguments}", each.help) for name, each in COMMANDS.items()]
+    write_table(chat.screen, [*rows, *KEYS_HELP])
+
+
+@command("/clear")
+def clear(chat: Chat, text: str) -> None:
+    """Start a new conversation; /undo brings this one back."""
+    chat.autosave.start_new_file(chat.conversation.messages)
+    chat.conversation.clear()
+    chat.screen.notice("A new conversation.")
+
+
+@command("/retry")
+def retry(chat: Chat, text: str) -> None:
+    """Generate the last reply again."""
+    chat.show_reply(chat.conversation.retry())
+
+
+@command("/undo")
+def undo(chat: Chat, text: str) -> None:
+    """Take the last turn back and edit its prompt."""
+    chat.draft = chat.conversation.undo()
+    if chat.draft:
+        chat.screen.notice("The last turn is taken back.")
+    else:
+        chat.autosave.reopen_last_file()
+        chat.screen.notice("The conversation is back.")
+
+
+@command("/continue")
+def continue_reply(chat: Chat, text: str) -> None:
+    """Go on with a reply that was cut or stopped."""
+    chat.show_reply(chat.conversation.continue_reply())
+
+
+@command("/answer")
+def answer(chat: Chat, text: str) -> None:
+    """Stop thinking and answer now, after a thought was cut or stopped."""
+    chat.show_reply(chat.conversation.continue_reply(end_thought=True))
+
+
+@command("/system", "[TEXT]")
+def system_prompt(chat: Chat, text: str) -> None:
+    """Show or set the system prompt; - removes it."""
+    if text == "-":
+        chat.settings.system = None
+    elif text:
+        chat.settings.system = text
+        chat.settings.sources["system"] = "here"
+    shown = chat.settings.system or "There is no system prompt."
+    chat.screen.write(f"{strip_control_characters(shown)}\n")
+
+
+@command("/set", "[KEY VALUE]")
+def change_setting(chat: Chat, text: str) -> None:
+    """List the settings, show one, or change it; the value default puts it back."""
+    settings = chat.settings
+    key, _, value = re.sub(r"[\s=]+", " ", text, count=1).partition(" ")
+    name = KEYS.get(key.lower().replace("_", "-"), ("", False))[0]
+    if not value and (name or not key):
+        write_table(chat.screen, settings_table(settings, [name] if name else list(OPTIONS)))
+        return
+    try:
+        name = settings.set_from_text(key, value.strip(), "here", [CHAT])
+    except argparse.ArgumentTypeError as error:
+        raise ChatError(f"{key} {error}") from error
+    shown = format_value(getattr(settings, name))
+    chat.screen.notice(f"{name.replace('_', '-')} = {shown}")
+    # The engine may still be at work.
+    with chat.signals.cancellable():
+        if name == "seed":
+            chat.conversation.seed(settings.seed)
+        if name == "think" and (note := chat.conversation.thinking_note()):
+            chat.screen.notice(note)
+
+
+def settings_table(settings: Settings, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return a row for each setting that may be changed in a chat: key, value, source."""
+    rows = []
+    for name in names:
+        if OPTIONS[name].scope is CHAT:
+            value = strip_control_characters(format_value(getattr(settings, name)))
+            source = settings.sources.get(name, "default")
+            rows.append((name.replace("_", "-"), value, source))
+    return rows
+
+
+@command("/stats", "[on|off]")
+def show_statistics(chat: Chat, text: str) -> None:
+    """Show statistics after each reply, or no longer."""
+    if not text:
+        text = "off" if chat.settings.stats else "on"
+    change_setting(chat, f"stats {text}")
+
+
+@command("/file", "[PATH ...]")
+def add_files(chat: Chat, text: str) -> None:
+    """Put files before the next prompt, or list them; - drops them."""
+    if text == "-":
+        chat.files = []
+    # A pattern may lead through all of a disk, and the engine may still be at work.
+    with chat.signals.cancellable():
+        if text not in ("", "-"):
+            chat.add_files(text)
+        for file in chat.files:
+            name = file.partition("\n")[0]
+            chat.screen.notice(f"{name} {chat.conversation.describe_size(file)}")
+    if not chat.files:
+        chat.screen.notice("No files wait for the next prompt.")
+
+
+@command("/edit", "[TEXT]")
+def edit(chat: Chat, text: str) -> None:
+    """Edit TEXT, or the last prompt, in $VISUAL or $EDITOR."""
+    program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    if not text and chat.conversation.messages:
+        text = chat.conversation.messages[-2]["content"]
+    with tempfile.TemporaryDirectory(prefix="llmchat") as folder, chat.editor.suspended():
+        file = Path(folder, "prompt.md")
+        file.write_text(text, encoding="utf-8", errors="replace")
+        with explain_errors(
+            f"{program} can't be used to edit", "Set EDITOR to another one.", OSError, ValueError
+        ):
+            words = [*shlex.split(program), str(file)]
+            status = subprocess.run(words, check=False).returncode
+            edited = file.read_text(encoding="utf-8", errors="replace").strip("\n")
+    if status:
+        raise ChatError(f"{program} ended with status {status}: nothing is taken from it.")
+    chat.draft = edited
+
+
+@command("/copy", "[code [N]]")
+def copy_answer(chat: Chat, text: str) -> None:
+    """Copy the last answer, or its last or Nth block of code."""
+    if not chat.conversation.messages:
+        raise ChatError("There is no answer to copy.")
+    answer = chat.conversation.messages[-1]["content"].strip()
+    parts = {"": answer}
+    blocks = CODE_BLOCK.findall(answer)
+    for count, (_, block) in enumerate(blocks, 1):
+        parts[f"code {count}"] = block
+        parts["code"] = block
+    if text not in parts:
+        raise ChatError(f"There is no such block of code: the last answer has {len(blocks)}.")
+    chat.screen.notice(put_in_clipboard(parts[text], chat.screen))
+
+
+# A block of code between fences: its fence and its text.
+CODE_BLOCK = re.compile(r"^(```+|~~~+).*\n((?:.*\n)*?)\1", re.MULTILINE)
+
+
+@command("/save", "FILE")
+def save(chat: Chat, text: str) -> None:
+    """Write the conversation: NAME.md as Markdown, else as --session does."""
+    if not text:
+        raise ChatError("/save needs the name of a file.")
+    if chat.hosts.rank:
+        return
+    path = Path(os.path.expanduser(strip_quotes(text)))
+    if path.exists():
+        raise ChatError(f"{path} is there already, and was not replaced: name another file.")
+    messages = with_system_prompt(chat.settings, chat.conversation.messages)
+    data = as_markdown(messages) if path.suffix == ".md" else as_lines(messages)
+    with explain_errors(
+        f"{shorten(text)} could not be written", "Name another file.", OSError, ValueError
+    ):
+        replace_file(path, data).close()
+    chat.screen.notice(f"{len(chat.conversation.messages)} messages are in {path}.")
+
+
+# --------------------------------------------------------------------------------------- Program
+
+
+LEAVE_WORDS = ("quit", "bye", "exit")
+# The last lines of a prompt that are shown of a conversation that is continued.
+MAX_SHOWN_LINES = 10
+KEYS_HELP = (
+    (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
+    ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line"),
+    ("Up, Ctrl+R, Tab", "earlier prompts; find one; complete commands and file names"),
+    ('Alt+Enter, """', "a new line; begin and end a prompt of several lines"),
+    ("//", "begin a prompt with a slash"),
+)
+# The first prompt waits this long for what the user should know about the model.
+MAX_NOTE_WAIT_S = 0.1
+
+
+def with_system_prompt(settings: Settings, messages: Sequence[Message]) -> list[Message]:
+    """Return the messages after the system prompt, if there is one."""
+    if not settings.system:
+        return list(messages)
+    return [{"role": "system", "content": settings.system}, *messages]
+
+
+class Autosave:
+    """Writes the conversation to its session file after every turn.
+
+    That it can't be written is said once, and the chat goes on.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        session: SessionFile | None,
+        saved_chats: SavedChats | None,
+        show_error: Callable[[ChatError], None],
+    ) -> None:
+        """Without `saved_chats` no files are begun; without `session` either nothing is written."""
+        self._settings = settings
+        self._saved_chats = saved_chats
+        self._show_error = show_error
+        self.session = session
+        # The file that was left by the last `start_new_file`.
+        self._last_path: Path | None = None
+        self._has_failed = False
+
+    def save(self, turns: Sequence[Message]) -> None:
+        """Make the file hold these turns, after the system prompt."""
+        try:
+            self._save(turns)
+            self._has_failed = False
+        except ChatError as error:
+            if not self._has_failed:
+                self._show_error(error)
+            self._has_failed = True
+
+    def _save(self, turns: Sequence[Message]) -> None:
+        if self.session is None and self._saved_chats and turns:
+            self.session = self._saved_chats.create(str(self._settings.model))
+        if self.session is None:
+            return
+        # A system prompt by itself is no conversation to go on with.
+        if turns or self._settings.session:
+            self.session.save(with_system_prompt(self._settings, turns))
+        else:
+            self.session.save([])
+
+    def start_new_file(self, turns: Sequence[Message]) -> None:
+        """Leave these turns in a file of their own: what follows is another conversation."""
+        if not (self.session and turns):
+            return
+        if self._settings.session is None:
+            self.session.close()
+            self._last_path = self.session.path
+            self.session = None
+        elif self._saved_chats:
+            # The file that the user named holds the conversation that goes on.
+            with contextlib.closing(self._saved_chats.create(str(self._settings.model))) as copy:
+                copy.save(self.session.messages)
+
+    def reopen_last_file(self) -> None:
+        """Go on with the file that `start_new_file` left."""
+        if self._last_path is None:
+            return
+        if self.session:
+            self.session.close()
+        self.session = SessionFile(self._last_path)
+        self._last_path = None
+
+
+class Chat:
+    """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        screen: Screen,
+        editor: LineEditor,
+        settings: Settings,
+        *,
+        signals: Signals | None = None,
+        hosts: Hosts | None = None,
+        session: SessionFile | None = None,
+        saved_chats: SavedChats | None = None,
+        files: Sequence[str] = (),
+        draft: str = "",
+    ) -> None:
+        self.conversation = conversation
+        self.screen = screen
+        self.editor = editor
+        self.settings = settings
+        self.signals = signals or Signals()
+        self.hosts = hosts or Hosts()
+        self.autosave = Autosave(settings, session, saved_chats, self._show_error)
+        # The texts of files that go before the next prompt.
+        self.files = list(files)
+        # The text that stands in the next line for editing.
+        self.draft = draft
+        # Whether an error was shown.
+        self.has_failed = False
+
+    def run(self) -> None:
+        """Talk until the user leaves."""
+        is_leaving = False
+        while True:
+            # Pull a prompt from the user.
+            try:
+                prompt = self._read_prompt()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                self.signals.exit_if_signalled()
+                if self.editor.line_has_text():
+                    is_leaving = False
+                    continue
+                if is_leaving:
+                    break
+                self.screen.notice("Press Ctrl+C again to leave, or type quit.")
+                is_leaving = True
+                continue
+            is_leaving = False
+            if prompt.lower().removeprefix("/") in LEAVE_WORDS:
+                break
+            # Show what comes of it, and write it down.
+            if prompt:
+                self._handle(prompt)
+        self.screen.write("Goodbye!\n")
+
+    def _read_prompt(self) -> str:
+        draft = self.draft
+        self.draft = ""
+        # A prompt that starts with a slash is typed with two.
+        if draft.startswith("/"):
+            draft = f"/{draft}"
+        self.signals.exit_if_signalled()
+        self.signals.stop_requested = False
+        with self._read_ahead(), self.signals.cancellable():
+            self.conversation.wait_until_warm(MAX_NOTE_WAIT_S)
+            self.show_notes()
+            return self.editor.read_prompt(draft)
+
+    def _read_ahead(self) -> contextlib.AbstractContextManager[None]:
+        # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
+        if self.editor.interactive and self.hosts.size == 1:
+            return self.conversation.read_ahead(self.files)
+        return contextlib.nullcontext()
+
+    def show_notes(self) -> None:
+        """Show what came up while nobody waited for the engine."""
+        for note in self.conversation.take_notes():
+            self.screen.notice(note)
+
+    def _handle(self, prompt: str) -> None:
+        """Run a command, or send a prompt, and save the conversation. Never ends the chat."""
+        self.editor.add_to_history(prompt)
+        try:
+            self._dispatch(prompt)
+        except ChatError as error:
+            self.signals.exit_if_signalled()
+            # The other hosts do not know of an error of this one.
+            if isinstance(error, EngineError) and self.hosts.size > 1:
+                raise
+            show_traceback_if_debugging()
+            self._show_error(error)
+        except KeyboardInterrupt:
+            self.signals.exit_if_signalled()
+            self.screen.end_reply()
+            self.screen.notice("Stopped.")
+        self.autosave.save(self.conversation.messages)
+
+    def _dispatch(self, prompt: str) -> None:
+        # A pasted block is never a command, but a system prompt may have several lines.
+        is_command = COMMAND_LINE.fullmatch(prompt) and (
+            "\n" not in prompt or prompt.lower().startswith("/system")
+        )
+        if not is_command:
+            self.send(prompt[1:] if prompt.startswith("//") else prompt)
+            return
+        found, text = find_command(prompt)
+        found.run(self, text)
+
+    def _show_error(self, error: ChatError) -> None:
+        self.screen.end_reply()
+        self.screen.notice(str(error), RED)
+        self.has_failed = True
+
+    def add_files(self, text: str) -> None:
+        """Put the files that a line names before the next prompt. Raises `ChatError`."""
+        self.screen.show_status(lambda: "reading files")
+        with explain_errors(f"/file {shorten(text)}", "", ValueError):
+            # The whole line may be one name, with spaces in it.
+            one_name = os.path.exists(os.path.expanduser(text))
+            names = [text] if one_name else shlex.split(text)
+        self.files = self.files + read_texts(names)
+
+    def send(self, prompt: str) -> None:
+        """Show the reply to a prompt. Raises `ChatError`."""
+        before = self.conversation.messages
+        content = "\n\n".join([*self.files, prompt])
+        # The prompt is saved before its reply comes, so that a crash loses only the reply.
+        if self.settings.prompt is None:
+            self.autosave.save([*before, {"role": "user", "content": content}])
+        try:
+            self.show_reply(self.conversation.reply(content))
+        finally:
+            if self.conversation.messages is before:
+                # It was refused or stopped, or the engine failed: it stands in the next line.
+                self.draft = prompt
+            else:
+                self.files = []
+                self.autosave.save(self.conversation.messages)
+
+    def answer_once(self, prompt: str) -> int:
+        """Show the one reply; return the exit status.
+
+        Raises `ChatError`, also for a thought without an answer.
+        """
+        self.send(prompt)
+        if not self.conversation.messages:
+            raise ChatError("The model generated nothing: ask again, or in other words.")
+        reply = self.conversation.messages[-1]
+        if "finish_reason" in reply and not reply["content"]:
+            raise ChatError(
+                "The reply ended within its thought: --max-thought-tokens closes that sooner."
+            )
+        if not reply["content"].strip():
+            raise ChatError("The reply holds no answer: ask again, or in other words.")
+        return 1 if self.has_failed else 0
+
+    def close(self) -> None:
+        """Save the engine's state beside the session, if that is wanted."""
+        session = self.autosave.session
+        if not (self.settings.keep_state and session):
+            return
+        self.screen.show_status(lambda: "saving the state")
+        try:
+            self.conversation.save_state(session.state_path)
+        except (OSError, ChatError) as error:
+            # Only time is lost, and this must not hide why the chat ends.
+            with contextlib.suppress(OSError):
+                self.screen.notice(f"The state is not saved: {root_cause_text(error)}.")
+
+    def show_reply(self, pieces: Generator[Piece, None, None]) -> None:
+        """Show the pieces of a reply as they come, until it ends or a stop is requested."""
+        self.screen.hide_thoughts = self.settings.hide_thoughts
+        self.screen.plain = self.settings.plain
+        activity = "reading the prompt"
+
+        def status() -> str:
+            return "stopping..." if self.signals.stop_requested else activity
+
+        self.screen.show_status(status)
+        # To close the generator is to stop the reply. It yields often, also while the engine works.
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                if self.signals.stop_requested:
+                    break
+                if piece.kind == "prefill" and piece.text:
+                    activity = f"reading the prompt: {piece.text}"
+                self.screen.show(piece)
+                if piece.kind == "notice":
+                    self.screen.show_status(status)
+        self.screen.end_reply()
+        self._show_ending(self.conversation.statistics)
+
+    def _show_ending(self, statistics: Statistics) -> None:
+        """Say how a reply ended, where that can't be seen."""
+        finish_reason = statistics.finish_reason
+        if self.signals.stop_requested and finish_reason != "stop":
+            if statistics.generation_tokens:
+                self.screen.notice(f"Stopped; {self._how_to_go_on(statistics)}.")
+            else:
+                self.screen.notice("Stopped.")
+        elif finish_reason == "length":
+            tokens = statistics.answer_tokens or statistics.generation_tokens
+            self.screen.notice(f"Cut at {tokens} tokens; {self._how_to_go_on(statistics)}.")
+        elif finish_reason == "stop" and not self.conversation.messages[-1]["content"].strip():
+            self.screen.notice("(an empty reply)")
+        if finish_reason and self.settings.stats:
+            self.screen.notice(statistics.summary())
+
+    def _how_to_go_on(self, statistics: Statistics) -> str:
+        """Return what can be done about a reply that was cut or stopped."""
+        reply = self.conversation.messages[-1]
+        if statistics.remaining_tokens <= 0:
+            return "the context is full"
+        if self.settings.prompt is not None:
+            return "--max-tokens allows more"
+        if "reasoning_content" in reply and not reply["content"]:
+            return "/continue goes on, /answer ends the thought"
+        return "/continue goes on"
+
+
+def welcome(chat: Chat) -> None:
+    """Say how to go on, and with which conversation."""
+    screen = chat.screen
+    if screen.interactive:
+        leave = "quit or Ctrl+D leaves"
+        if not chat.editor.interactive:
+            leave = f"on {chat.hosts.size} hosts · quit leaves"
+        name = Path(str(chat.settings.model)).name
+        screen.notice(f"{name} · /help lists the commands · {leave}")
+    session = chat.autosave.session
+    messages = chat.conversation.messages
+    if not (session and messages):
+        return
+    turns = len(messages) // 2
+    count = "1 turn" if turns == 1 else f"{turns} turns"
+    day = session.modified.date()
+    day_text = "today" if day == datetime.now().date() else str(day)
+    name = chat.settings.session or f"{day_text}, {session.modified:%H:%M}"
+    screen.notice(f"Going on with {count} of {name}.")
+    if screen.interactive:
+        # Files may stand before the prompt, which comes last.
+        prompt, reply = (message["content"] for message in messages[-2:])
+        lines = prompt.splitlines()[-MAX_SHOWN_LINES:]
+        screen.notice("\n".join([*lines, reply]))
+
+
+def open_session(
+    settings: Settings, saved_chats: SavedChats, screen: Screen
+) -> tuple[SessionFile | None, list[Message], str]:
+    """Return the session file, its turns, and a last prompt that is still without its reply.
+
+    The system prompt comes from the file unless one was given, and so does the model. Raises
+    `ChatError`.
     """
     session = None
     if settings.session is not None:
         session = SessionFile(Path(os.path.expanduser(settings.session)))
     elif settings.resume:
-        named = (
-            resolve_model_name(str(settings.model))
-            if settings.sources.get("model") == "flag"
-            else None
-        )
-        session, settings.model = kept.open_latest(named, screen.notice)
+        model = None
+        if settings.sources.get("model") == "flag":
+            model = resolve_model_name(str(settings.model))
+        session, settings.model = saved_chats.open_latest(model, screen.notice)
     messages = list(session.messages) if session else []
-    draft = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else ""
+    draft = ""
+    if messages and messages[-1]["role"] == "user":
+        draft = messages.pop()["content"]
     if messages and messages[0]["role"] == "system":
         settings.system = settings.system or messages[0]["content"]
         del messages[0]
     return session, messages, draft
 
 
-def load(settings: Settings, screen: Screen, hosts: Hosts, signals: Signals) -> Model:
+def load(settings: Settings, screen: Screen, hosts: Hosts, engine: Engine) -> Model:
     """Load the model that the settings name, and say so in a chat. Raises `ChatError`."""
     if settings.model is None:
         lines = [
@@ -3684,23 +4578,23 @@ def load(settings: Settings, screen: Screen, hosts: Hosts, signals: Signals) -> 
             "usage: llmchat MODEL [options]",
             f"example: llmchat {EXAMPLE_MODEL}",
         ]
-        raise ChatError(
-            "\n".join([*lines, *(f"already here: {name}" for name in cached_models())]), 2
-        )
-    asked, settings.model = settings.model, resolve_model_name(settings.model)
+        lines += [f"already here: {name}" for name in cached_models()]
+        raise ChatError("\n".join(lines), 2)
+    asked = settings.model
+    settings.model = resolve_model_name(settings.model)
     if settings.prompt is None:
         screen.write(f"Loading model {strip_control_characters(settings.model)}...\n")
     if asked != settings.model and screen.interactive:
         screen.notice(f"{asked} is {settings.model} here.")
     loader = Loader(settings, hosts)
     screen.show_status(loader.progress)
-    # MLX aborts the process, and leaves the terminal as it is, if a signal raises while it is imported.
-    signals.held = True
-    import_library("mlx.core")
-    signals.held = False
-    signals.exit_if_signalled()
-    model = loader.load()
-    signals.exit_if_signalled()
+    try:
+        model = engine.call(loader.load)
+    except KeyboardInterrupt as error:
+        if loader.is_downloading:
+            stopped = f"The download of {settings.model} was stopped. {RETRY_HINT}"
+            raise ChatError(stopped, 130) from error
+        raise
     screen.clear_status()
     if settings.prompt is None:
         screen.write("Model loaded successfully!\n")
@@ -3708,64 +4602,82 @@ def load(settings: Settings, screen: Screen, hosts: Hosts, signals: Signals) -> 
 
 
 def run(
-    settings: Settings, screen: Screen, editor: LineEditor, hosts: Hosts, signals: Signals
+    settings: Settings,
+    screen: Screen,
+    editor: LineEditor,
+    hosts: Hosts,
+    signals: Signals,
+    engine: Engine,
 ) -> int:
     """Load the model, then chat or answer one prompt; return the exit status. Raises `ChatError`."""
-    prompt = (
-        None
-        if settings.prompt is None
-        else one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
-    )
-    talks = editor.interactive and prompt is None
-    if talks:
+    prompt = None
+    if settings.prompt is not None:
+        prompt = one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
+    is_chat_on_terminal = editor.interactive and prompt is None
+    if is_chat_on_terminal:
         # Before the model loads: keys that are typed meanwhile wait for the prompt.
-        editor.open(completions, signals.press)
-    kept = SavedChats(Path(os.path.expanduser("~/.llmchat")))
-    session, messages, draft = (
-        open_session(settings, kept, screen) if hosts.rank == 0 else (None, [], "")
-    )
-    settings.model, settings.system, messages = hosts.broadcast(
-        [settings.model, settings.system, messages]
-    )
-    # Each of several hosts holds only its part of the state.
-    settings.keep_state &= hosts.size == 1
-    if draft and not talks:
-        screen.notice(
-            f"The last prompt of {settings.session or 'the chat'} got no reply, and is left out: {draft}"
-        )
-    # The same command on the same session asks about a document that the conversation has already.
-    held = "\n".join(message["content"] for message in messages) if settings.history else ""
-    files = [text for text in read_texts(settings.file) if text not in held]
-    model = load(settings, screen, hosts, signals)
-    conversation = Conversation(model, settings, messages)
-    conversation.state = session.state_path if session and settings.keep_state else None
-    keeps = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
+        editor.open(completions, signals.request_stop)
+    saved_chats = SavedChats(Path(os.path.expanduser("~/.llmchat")))
+    session: SessionFile | None = None
+    messages: list[Message] = []
+    draft = ""
+    if hosts.rank == 0:
+        session, messages, draft = open_session(settings, saved_chats, screen)
+    if hosts.size > 1:
+        shared = [settings.model, settings.system, messages]
+        settings.model, settings.system, messages = engine.call(hosts.broadcast, shared)
+        # Each host holds only its part of the state.
+        settings.keep_state = False
+    if draft and not is_chat_on_terminal:
+        name = settings.session or "the chat"
+        screen.notice(f"The last prompt of {name} got no reply, and is left out: {draft}")
+        draft = ""
+    files = new_files(settings, messages)
+    model = load(settings, screen, hosts, engine)
+    conversation = Conversation(engine, model, settings, messages)
+    if session and settings.keep_state:
+        conversation.load_state(session.state_path)
+    saves_chat = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
     chat = Chat(
         conversation,
         screen,
         editor,
         settings,
-        session,
-        kept if keeps else None,
-        signals,
-        files,
-        draft * talks,
+        signals=signals,
+        hosts=hosts,
+        session=session,
+        saved_chats=saved_chats if saves_chat else None,
+        files=files,
+        draft=draft,
     )
-    for note in filter(None, (model.recommended, conversation.thinking_note())):
-        screen.notice(note)
+    if model.recommended:
+        screen.notice(model.recommended)
     with contextlib.closing(chat):
+        if not is_chat_on_terminal:
+            conversation.warm_up()
         if prompt is not None:
+            chat.show_notes()
             return chat.answer_once(prompt)
-        chat.welcome()
-        if screen.interactive and (limit := conversation.limit()[0]) != model.context_length:
-            screen.notice(f"The memory has room for a conversation of about {limit} tokens.")
-        signals.chatting = talks
+        welcome(chat)
+        if is_chat_on_terminal:
+            signals.start_chat()
         chat.run()
-    return int(chat.failed and not editor.interactive)
+    return 1 if chat.has_failed and not editor.interactive else 0
+
+
+def new_files(settings: Settings, messages: Sequence[Message]) -> list[str]:
+    """Return the texts of the files of the command line that the conversation has not got yet.
+
+    So the same command on the same session can ask again about a document.
+    """
+    earlier = ""
+    if settings.history:
+        earlier = "\n".join(message["content"] for message in messages)
+    return [text for text in read_texts(settings.file) if text not in earlier]
 
 
 def repair_standard_streams() -> None:
-    """Stand in for standard streams that were closed, and have the others replace what they can't encode."""
+    """Replace standard streams that were closed, and have the others replace what they can't encode."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
@@ -3780,15 +4692,17 @@ def open_terminal(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
 
     On other hosts than rank 0 nothing is seen.
     """
-    out, err = (sys.stdout, sys.stderr) if hosts.rank == 0 else (open(os.devnull, "w"),) * 2
+    out: TextIO = sys.stdout
+    err: TextIO = sys.stderr
+    history = None
+    if hosts.rank == 0:
+        history = PromptHistory(Path(os.path.expanduser("~/.llmchat_history")))
+    else:
+        out = err = open(os.devnull, "w")
+    on_terminal = sys.stdin.isatty() and out.isatty()
     # mlx.launch sets COLUMNS for the processes that it starts if its own output is a terminal.
-    interactive = (sys.stdin.isatty() and out.isatty()) or (
-        hosts.size > 1 and "COLUMNS" in os.environ
-    )
-    screen = Screen(out, err, interactive)
-    history = (
-        PromptHistory(Path(os.path.expanduser("~/.llmchat_history"))) if hosts.rank == 0 else None
-    )
+    launched_on_terminal = hosts.size > 1 and "COLUMNS" in os.environ
+    screen = Screen(out, err, on_terminal or launched_on_terminal)
     editor = LineEditor(sys.stdin, screen, history)
     try:
         yield screen, editor
@@ -3798,52 +4712,94 @@ def open_terminal(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the one place where errors become exit statuses."""
+    """Run the program; the one place where errors become exit statuses.
+
+    If a model was loaded, this ends the process (see `Engine.end_process`).
+    """
     if sys.version_info < (3, 9):
-        print(
-            "llmchat: error: Python 3.9 or newer is needed: there is no MLX for this one.",
-            file=sys.stderr,
-        )
+        needed = "Python 3.9 or newer is needed: there is no MLX for this one."
+        print(f"llmchat: error: {needed}", file=sys.stderr)
         return 1
     repair_standard_streams()
-    hosts, signals, complaint = Hosts(), Signals(), ""
+    engine = Engine()
+    try:
+        status = run_with_signals(argv, engine)
+    except BaseException:
+        if not engine.was_used:
+            raise
+        traceback.print_exc()
+        status = 1
+    engine.end_process(status)
+    return status
+
+
+def run_with_signals(argv: Sequence[str] | None, engine: Engine) -> int:
+    """Run the program with its signal handlers; return the exit status."""
+    hosts = Hosts()
+    signals = Signals()
+    message = ""
     try:
         with signals:
-            hosts = join_hosts()
-            settings = Settings(
-                **hosts.broadcast(vars(read_settings(argv)) if hosts.rank == 0 else None)
-            )
+            hosts = join_hosts(engine)
+            settings = shared_settings(argv, hosts, engine)
             with open_terminal(hosts) as (screen, editor):
-                return run(settings, screen, editor, hosts, signals)
+                return run(settings, screen, editor, hosts, signals, engine)
     except ChatError as error:
-        complaint, status = str(error), error.status
+        show_traceback_if_debugging()
+        message = str(error)
+        status = error.status
     except SystemExit as error:
-        # Of argparse, or of a signal.
+        # Raised by argparse, or by `exit_if_signalled`.
         status = int(error.code or 0)
     except OSError as error:
-        # Python's own flush at exit must not fail once more on a standard output that is gone, or full.
+        show_traceback_if_debugging()
+        # Python's own flush at exit must not fail once more on a standard output that is gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status, complaint = (
-            1,
-            f"Standard input or output can't be used any more: {error_text(error)}.",
-        )
+        status = 1
+        message = f"Standard input or output can't be used any more: {error_text(error)}."
         if isinstance(error, BrokenPipeError):
-            status, complaint = 128 + signal.SIGPIPE, ""
-    except (Exception, KeyboardInterrupt):
-        # What a signal breaks off, an import most of all, may end with any error.
+            status = 128 + signal.SIGPIPE
+            message = ""
+    except BaseException:
+        # A signal's KeyboardInterrupt may surface as another exception, for instance of an import.
         if not signals.exit_status:
             raise
         status = signals.exit_status
-    # A signal is said only where it has a sentence of its own: a download that was stopped.
-    if complaint and signals.exit_status in (0, status):
-        if hosts.rank:
-            # Once rank 0 has ended, the launcher ends the others: an error that all have met is said once.
-            time.sleep(10.0)
-            complaint = f"On {os.uname().nodename}: {complaint}"
-        Screen(sys.stdout, sys.stderr, interactive=False).notice(
-            f"llmchat: error: {complaint}", RED
-        )
+    # After a signal only a message that belongs to it is shown: of a download that was stopped.
+    if message and signals.exit_status in (0, status):
+        show_last_error(message, hosts)
     return signals.exit_status or status
+
+
+def show_traceback_if_debugging() -> None:
+    """Show where an error came from if `LLMCHAT_DEBUG` is set, beside its sentence."""
+    if os.environ.get("LLMCHAT_DEBUG"):
+        traceback.print_exc()
+
+
+def shared_settings(argv: Sequence[str] | None, hosts: Hosts, engine: Engine) -> Settings:
+    """Return the settings of rank 0, on every host."""
+    values: Any = None
+    if hosts.rank == 0:
+        values = vars(read_settings(argv))
+    if hosts.size > 1:
+        values = engine.call(hosts.broadcast, values)
+    return Settings(**values)
+
+
+# How long other hosts than rank 0 wait before they say an error.
+OTHER_HOST_DELAY_S = 10.0
+
+
+def show_last_error(message: str, hosts: Hosts) -> None:
+    """Show the error that ends the program."""
+    if hosts.rank:
+        # An error that all hosts have met is said once: when rank 0 has ended, the launcher ends
+        # the others.
+        time.sleep(OTHER_HOST_DELAY_S)
+        message = f"On {os.uname().nodename}: {message}"
+    screen = Screen(sys.stdout, sys.stderr, interactive=False)
+    screen.notice(f"llmchat: error: {message}", RED)
 
 
 if __name__ == "__main__":
