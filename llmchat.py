@@ -9,35 +9,48 @@
 #     "transformers>=4.56",
 # ]
 # ///
-"""Talk with a local language model in the terminal, on Apple silicon.
+"""Chat with a local language model in the terminal, on a Mac with Apple silicon.
 
-`llmchat MODEL` loads a Hugging Face model with MLX and answers at `prompt ->` until `quit`, `bye` or
-`exit`. Three promises shape the file:
+`llmchat MODEL` loads a Hugging Face model with MLX and answers at `prompt ->` until `quit`, `bye`
+or `exit`. How one turn goes, from key to screen:
 
-- Right: every turn the model is fed exactly what its chat template makes of the whole conversation.
-- Cheap: tokens whose state the engine still holds are not computed again (see `PromptCache`).
-- Safe: the conversation is well formed whatever happens; a turn that fails leaves no trace in it.
+ 1. `TerminalProxy` reads what is typed, `KeyQueue` sorts it, and the line editor shows it.
+ 2. Meanwhile the engine's thread computes what is known of the next prompt
+    (`Inference.read_ahead`).
+ 3. Enter ends the line: `LineEditor.read_prompt` returns it, and `Chat` runs a command or sends it.
+ 4. `Conversation.reply` has the engine prepare the prompt: `ChatTemplate` renders the messages,
+    and the oldest turns are left out if they no longer fit (`Inference.prepare`).
+ 5. `PromptCache` goes back to the longest prefix whose state it holds, and computes the rest.
+ 6. `Inference.generate` yields tokens, which an `EngineIterator` hands to the main thread.
+ 7. `ThoughtSplitter` tells thought from answer.
+ 8. `Chat.show_reply` shows each piece on the `Screen`, which wraps and colours it.
+ 9. Ctrl+C or Esc leaves a note in `Signals`; `show_reply` sees it, and closes the reply.
+10. `Conversation` stores the reply, and `Autosave` writes the session file.
 
 The rooms, in reading order; nothing is used before it is defined:
 
-    Errors         one exception, a finished sentence
-    Settings       every parameter, declared once: flag, config key, `/set` key, range, help
-    Hosts          the processes that hold one model together, if mlx.launch started several
-    Files          a model's files: folder, hub cache, download
-    Model          checking it before the weights come, loading it
+    Errors         one exception, a finished sentence for the user
+    Settings       all parameters, each declared once: flag, config key, `/set` key, range, help
+    Hub            from a name to a folder: cache, download, progress, what the hub's errors mean
+    Engine         the one thread that works with MLX
+    Hosts          what several Macs have in common, if mlx.launch started them
+    Model          checking a model before its weights come, its chat template, loading it
     Prompt cache   the tokens whose state the engine holds, and the cheapest way to a new prompt
-    Thoughts       telling a reasoning model's thoughts from its answer
-    Conversation   messages, and replies as generators of pieces; never prints
-    Keeping        a conversation and the prompts on disk
-    Screen         shows pieces, notes and errors; knows nothing of MLX
-    Line editor    reads prompts
-    Program        commands, the chat loop, signals, `main`
+    State file     that state on disk, and what it takes of the memory
+    Thoughts       what a template does with a thought; telling thought from answer in a stream
+    Conversation   the turns, the prompt that fits, a reply as a generator of pieces
+    Saving         conversations and prompts on disk, always whole
+    Screen         pieces, notices, errors, the one status line
+    Line editor    reading a prompt: keys, pastes, blocks, history
+    Signals        what Ctrl+C does now; the signals that end the program
+    Commands       one function a command, its docstring the help
+    Program        the loop, the start, `main`
 
-Exit statuses: 0 done, 1 an error said in one sentence, 2 wrong usage or configuration, 130, 143 and
-129 interrupted by SIGINT, SIGTERM or SIGHUP, 141 standard output closed.
+Exit statuses: 0 done, 1 an error said in one sentence, 2 wrong usage or configuration; 130, 131,
+143 and 129 ended by SIGINT, SIGQUIT, SIGTERM or SIGHUP; 141 standard output closed.
 
-What it refuses to be: a server, a downloader, a converter, an agent. It has no plug-ins, runs no code
-from a model repository unless told to, and asks the network for nothing that is already on disk.
+What it refuses to be: a server, a downloader, a converter, an agent. It has no plug-ins, runs no
+code from a model repository unless told to, and asks the network for nothing that is on the disk.
 """
 
 from __future__ import annotations
@@ -46,12 +59,10 @@ import os
 import signal
 import sys
 
-# Ctrl+C while the rest is imported ends the program quietly; `main` takes the signals over.
-if (
-    "chat" in os.path.basename(sys.argv[0])
-    and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# As a program, end quietly on Ctrl+C while the rest is imported; `main` takes the signals over.
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("llmchat", "anechat"):
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import base64
@@ -723,7 +734,7 @@ def end_with_launcher(launcher: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-# ----------------------------------------------------------------------------------------- Files
+# ------------------------------------------------------------------------------------------- Hub
 
 
 # The weights that mlx-lm loads, and the files that its own `load` would download with them.
@@ -2902,7 +2913,7 @@ class Conversation:
         self.messages = [*generation.messages, message]
 
 
-# --------------------------------------------------------------------------------------- Keeping
+# ---------------------------------------------------------------------------------------- Saving
 
 
 def replace_file(path: Path, data: bytes, *, locked: bool = False) -> io.FileIO:
