@@ -66,6 +66,7 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("llmchat", "anech
 
 import argparse
 import base64
+import codecs
 import concurrent.futures
 import contextlib
 import copy
@@ -87,10 +88,12 @@ import locale
 import logging
 import math
 import queue
+import pwd
 import re
 import select
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import termios
@@ -99,12 +102,13 @@ import time
 import traceback
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Generic, NamedTuple, TextIO, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_to_bytes
 
 __version__ = "0.1.0"
 
@@ -326,6 +330,7 @@ class Settings:
         FLAG,
         "-c",
     )
+    chats: bool = option(False, parse_bool, None, "list the saved chats, and leave", FLAG)
     keep: bool = option(True, parse_bool, None, "keep every conversation in ~/.llmchat", FILE)
     keep_state: bool = option(
         False, parse_bool, None, "keep what the engine has read beside the conversation", FILE
@@ -2915,41 +2920,302 @@ class Conversation:
 
 # ---------------------------------------------------------------------------------------- Saving
 
+CHATS_FOLDER = "~/.llmchat"
+HISTORY_FILE = "~/.llmchat_history"
 
-def replace_file(path: Path, data: bytes, *, locked: bool = False) -> io.FileIO:
-    """Write a file so that it is either the old one or all of the new; its mode is kept, or 0600. Raises `OSError`.
+# The longest text that is taken from a file or from standard input: no model can take a longer one.
+MAX_TEXT_BYTES = 1 << 24
 
-    Returns it open, and if wanted locked already when it gets its name.
+# A longer session file is refused.
+MAX_SESSION_BYTES = 1 << 28
+
+# A message of a session that is nested deeper is refused: at about 1000 levels Python itself fails.
+MAX_NESTING = 50
+
+# Standard input that has not ended after this time is said to be waited for.
+STDIN_NOTICE_AFTER_S = 1.0
+
+DAY_S = 24 * 60 * 60
+
+
+def open_plain_file(path: str | Path, mode: str = "r") -> io.FileIO:
+    """Open a file in a mode of `io.FileIO`; a file that is created is for the user alone.
+
+    Raises `OSError`, also for what is no plain file: a pipe may never be written to, and a device
+    may have no end.
     """
-    # What the name leads to is replaced, so that a link stays one.
+
+    def opener(name: str, flags: int) -> int:
+        # Without O_NONBLOCK opening a pipe would wait for its other end.
+        return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+
+    file = io.FileIO(str(path), mode, opener=opener)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is no plain file")
+    return file
+
+
+def read_whole(file: io.FileIO, max_bytes: int) -> bytes:
+    """Return what an open file holds. Raises `OSError` if that is more than `max_bytes`."""
+    data = bytearray()
+    file.seek(0)
+    too_large = os.fstat(file.fileno()).st_size > max_bytes
+    # The size alone does not tell: a file may grow meanwhile, and those of /proc have none.
+    while not too_large and (part := file.read(1 << 20)):
+        data += part
+        too_large = len(data) > max_bytes
+    if too_large:
+        raise OSError(f"it is larger than {max_bytes >> 20} MB")
+    return bytes(data)
+
+
+def decode_text(data: bytes, first_line: int = 1) -> str:
+    r"""Return the text that bytes hold: UTF-8, or UTF-16 with a byte order mark. Lines end in \n.
+
+    Raises `ValueError`, which names the line, for what is no text; `first_line` is the number of
+    the first one.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].decode(error.encoding)
+        line = first_line + before.count("\n")
+        raise ValueError(f"line {line} is neither UTF-8 nor marked as UTF-16") from error
+    before, nul, _ = text.partition("\0")
+    if nul:
+        raise ValueError(f"line {first_line + before.count(chr(10))} holds a NUL character")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_texts(patterns: Iterable[str]) -> dict[str, str]:
+    """Return the texts of the files that paths and patterns name, each after its name.
+
+    A file's real path is the key, so that the same file comes once. Raises `ChatError` if a file
+    can't be read, or if all of them are too long together.
+    """
+    texts: dict[str, str] = {}
+    total_bytes = 0
+    for pattern in patterns:
+        for name in matching_files(pattern):
+            what = f"{shorten(name)} can't be read as text"
+            with explain_errors(what, "Nothing is added.", OSError, ValueError):
+                with open_plain_file(name) as file:
+                    data = read_whole(file, MAX_TEXT_BYTES)
+                text = decode_text(data).strip()
+            total_bytes += len(data)
+            if total_bytes > MAX_TEXT_BYTES:
+                size = f"{MAX_TEXT_BYTES >> 20} MB"
+                raise ChatError(f"The files are larger than {size} together: nothing is added.")
+            texts[os.path.realpath(name)] = f"{name}:\n\n{text}"
+    return texts
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Return the path itself if it is there, or else the files that match. Raises `ChatError`."""
+    path = os.path.expanduser(pattern)
+    if os.path.exists(path):
+        return [path]
+    names = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    if not names:
+        raise ChatError(f"There is no file {shorten(pattern)}: nothing is added.")
+    return names
+
+
+def one_shot_prompt(
+    text: str,
+    stdin: TextIO,
+    launched: bool = False,
+    notice: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Return the prompt that `-p TEXT` sends: standard input that is piped in goes before TEXT.
+
+    If TEXT is `-`, standard input is the whole prompt. Raises `ChatError` if there is no text, or
+    more than any model can take. `notice` is given a sentence if standard input does not end soon.
+    """
+    if launched and text == "-":
+        raise ChatError(
+            "mlx.launch never tells where standard input ends: give --prompt the text itself."
+        )
+    piped = ""
+    if not (launched or stdin.isatty()):
+        piped = read_standard_input(stdin, notice).strip("\n")
+    prompt = piped if text == "-" else "\n\n".join(part for part in (piped, text) if part)
+    if not prompt.strip():
+        raise ChatError("There is nothing to reply to: give -p a text, or pipe one in.")
+    return prompt
+
+
+def read_standard_input(stdin: TextIO, notice: Callable[[str], None]) -> str:
+    """Return the text of standard input, up to its end. Raises `ChatError`."""
+    data = bytearray()
+    notice_at_s = time.monotonic() + STDIN_NOTICE_AFTER_S
+    notice_given = False
+    while True:
+        wait_s = None if notice_given else max(0.0, notice_at_s - time.monotonic())
+        if not select.select([stdin], [], [], wait_s)[0]:
+            notice("Standard input is read up to its end: `< /dev/null` leaves it out.")
+            notice_given = True
+            continue
+        part = os.read(stdin.fileno(), 1 << 20)
+        data += part
+        if len(data) > MAX_TEXT_BYTES:
+            size = f"{MAX_TEXT_BYTES} bytes"
+            raise ChatError(f"Standard input holds more than {size}: no model can take that.")
+        if not part:
+            break
+    with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
+        return decode_text(bytes(data))
+
+
+class PipedLines:
+    """Reads a chat that is piped in, line by line. A line that is no text is refused alone."""
+
+    def __init__(self, stdin: TextIO) -> None:
+        # Bytes: Python's own text stream would replace those that are no text, or stop at them.
+        self._stream: Any = stdin.buffer
+        self._lines_read = 0
+
+    def read(self) -> str:
+        r"""Return the next line with its \n, or nothing at the end. Raises `ChatError`."""
+        if self._lines_read == 0:
+            self._convert_utf16()
+        data = self._stream.readline(MAX_TEXT_BYTES)
+        self._lines_read += 1
+        if len(data) == MAX_TEXT_BYTES:
+            while data and not data.endswith(b"\n"):
+                data = self._stream.readline(MAX_TEXT_BYTES)
+            raise ChatError(f"Line {self._lines_read} is too long for any model: it is not sent.")
+        with explain_errors("Standard input is no text", "The line is not sent.", ValueError):
+            return decode_text(data, self._lines_read)
+
+    def _convert_utf16(self) -> None:
+        """Read a stream of UTF-16 to its end, since its newlines can't be found byte by byte."""
+        if self._stream.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return
+        data = self._stream.read(MAX_TEXT_BYTES)
+        self._stream = io.BytesIO()
+        with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
+            self._stream = io.BytesIO(decode_text(data).encode())
+
+
+def replace_file(
+    path: Path, data: bytes, *, locked: bool = False, not_before_s: float = 0.0
+) -> io.FileIO:
+    """Replace or create a file; return the new one, open. Raises `OSError`.
+
+    The file holds either its old content or all of the new, whatever ends the program. It keeps its
+    mode, and a new one is for the user alone. If it is to be `locked`, it is so before it has its
+    name. It is dated now, or `not_before_s` if that is later.
+    """
+    # Replace the target of a symbolic link, not the link.
     path = path.resolve()
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".llmchat")
+    # The name is fixed, so that what a killed process has left is replaced by the next save.
+    temporary = path.with_name(f".llmchat-{zlib.crc32(os.fsencode(path.name)):08x}")
+    temporary.unlink(missing_ok=True)
+    file = open_plain_file(temporary, "x+")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.fchmod(descriptor, path.stat().st_mode & 0o777)
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(data)
-        os.fsync(descriptor)
+            os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
+        with open(file.fileno(), "wb", closefd=False) as writer:
+            writer.write(data)
+        if time.time() < not_before_s:
+            os.utime(file.fileno(), (not_before_s, not_before_s))
+        os.fsync(file.fileno())
         if locked:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        Path(name).replace(path)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temporary.replace(path)
     except BaseException:
-        os.close(descriptor)
-        Path(name).unlink(missing_ok=True)
+        file.close()
+        temporary.unlink(missing_ok=True)
         raise
-    return io.FileIO(descriptor, "r+b")
+    return file
 
 
-def as_lines(messages: Iterable[Message]) -> bytes:
-    """Write messages as JSON Lines."""
-    return b"".join(
-        json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n"
-        for message in messages
+def has_name(file: io.FileIO, path: str | Path) -> bool:
+    """Tell if an open file still is the one at this path, and was not replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def is_private(path: Path) -> bool:
+    """Tell if a plain file and its folder are the user's own, and nobody else can write to them."""
+    try:
+        file, folder = path.lstat(), path.parent.stat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(file.st_mode) and all(
+        info.st_uid == os.geteuid() and not info.st_mode & 0o022 for info in (file, folder)
     )
 
 
+def access_problem(path: Path) -> str:
+    """Return in words why the user can't keep a file or a folder here, or nothing."""
+    # What is not there yet would be created in its folder.
+    place = path if os.path.exists(path) else path.parent
+    if not os.path.exists(place):
+        return f"there is no folder {place}"
+    owner = place.stat().st_uid
+    # What root creates in the folder of a user, that user can't use later.
+    if owner != os.geteuid() and (place == path or os.geteuid() == 0):
+        return f"{place} belongs to {user_name(owner)}, and this is {user_name(os.geteuid())}"
+    if not os.access(place, os.W_OK):
+        return f"{place} can't be written to"
+    return ""
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number of one who has no name here."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def unsaved_warning(paths: Iterable[Path]) -> str:
+    """Return one warning about all of the paths that the user can't write to, or nothing."""
+    problems = dict.fromkeys(filter(None, map(access_problem, paths)))
+    if not problems:
+        return ""
+    reasons = "; ".join(problems)
+    return f"Chats or prompts are not saved: {reasons}. Mend that, or start with --no-keep."
+
+
+@contextlib.contextmanager
+def temporary_draft(text: str) -> Iterator[Path]:
+    """Have a text in a file that an editor can open, in a folder that nobody else can read.
+
+    A shell removes the folder when this program closes a pipe, which it also does by being killed.
+    """
+    folder = tempfile.mkdtemp(prefix="llmchat-")
+    remover = subprocess.Popen(
+        ["sh", "-c", 'cat; rm -rf "$0"', folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # What ends every process of the terminal is not to end this one.
+        start_new_session=True,
+    )
+    try:
+        draft = Path(folder, "prompt.md")
+        draft.write_text(text, encoding="utf-8", errors="replace")
+        yield draft
+    finally:
+        remover.communicate()
+
+
+def as_lines(messages: Iterable[Message]) -> bytes:
+    """Return messages as JSON Lines."""
+    lines = [json.dumps(message, ensure_ascii=False) + "\n" for message in messages]
+    # A message may hold half of a surrogate pair, which UTF-8 can't.
+    return "".join(lines).encode(errors="replace")
+
+
 def as_markdown(messages: Iterable[Message]) -> bytes:
-    """Write messages as Markdown, with the thoughts folded."""
+    """Return messages as Markdown to be read: thoughts are folded, control characters left out."""
     names = {"system": "System", "user": "You", "assistant": "Model"}
     parts = []
     for message in messages:
@@ -2957,55 +3223,103 @@ def as_markdown(messages: Iterable[Message]) -> bytes:
         if thought := message.get("reasoning_content"):
             parts.append(f"<details><summary>Thought</summary>\n\n{thought.strip()}\n\n</details>")
         parts.append(message["content"].strip())
-    return "\n\n".join([*parts, ""]).encode(errors="replace")
+    text = "\n\n".join(parts) + "\n\n"
+    return strip_control_characters(text).encode(errors="replace")
+
+
+def nesting_depth(value: object) -> int:
+    """Return how many levels of lists and objects a JSON value has; text alone has none."""
+    depth = 0
+    level = [value]
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        level = [
+            child
+            for container in level
+            for child in (container.values() if isinstance(container, dict) else container)
+        ]
+    return depth
+
+
+def parse_session(data: bytes) -> list[Message]:
+    """Return the messages of JSON Lines with all their keys; blank lines are nothing.
+
+    Raises `ValueError`, which names the line, for anything that is no conversation.
+    """
+    messages: list[Message] = []
+    roles = ["system", "user"]
+    for count, line in enumerate(decode_text(data).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            message = json.loads(line)
+            check_message(message, roles)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {count}: {error_text(error)}") from error
+        messages.append(message)
+        roles = ["assistant"] if message["role"] == "user" else ["user"]
+    return messages
+
+
+def check_message(message: object, roles: Sequence[str]) -> None:
+    """Raise `ValueError` if a JSON value is no message with one of the roles."""
+    if not isinstance(message, dict) or message.get("role") not in roles:
+        raise ValueError(f"this is no message with the role {' or '.join(roles)}")
+    texts = (message.get("content"), message.get("reasoning_content", ""))
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its content is no text")
+    if nesting_depth(message) > MAX_NESTING:
+        raise ValueError("it is nested too deep")
+
+
+class SessionInUseError(ChatError):
+    """Another chat has the session file."""
 
 
 class SessionFile:
-    """A conversation on disk, one message a line, mode 0600; only one chat at a time has it.
+    """A conversation on disk, one message a line; only one chat at a time has it.
 
-    Invariant: the file holds exactly `messages`. It is written whole, so no crash leaves half of it.
+    Invariant: the file holds exactly `messages`. It is written whole: no crash leaves half of it.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the file, and read it. Raises `ChatError`, with the file untouched, if it is no session."""
+    def __init__(self, path: Path, not_before_s: float = 0.0) -> None:
+        """Open or create the file, and read it. No save dates it before `not_before_s`.
+
+        Raises `ChatError`, with the file untouched, if it is no session.
+        """
         self.path = path
-        # The file beside this one that holds the engine's state after the messages, if that was kept.
-        self.state_path = path.parent / f"{path.name}.state.safetensors"
-        with foreign(f"{path} can't be used as a session: {{}}. Name another file."):
-            self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
-            if not path.is_file():
-                raise OSError("it is no file")
-        self.modified = datetime.fromtimestamp(os.fstat(self._file.fileno()).st_mtime)
+        self._not_before_s = not_before_s
+        with explain_errors(f"{path} can't be used as a session", "Name another file.", OSError):
+            self._file = open_plain_file(path, "a+")
         try:
-            with foreign(
-                f"{path} is in use by another chat, or its disk has no locks: name another file."
-            ):
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The other chat may have put a new file in the place of this one.
-                if not os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-                    raise BlockingIOError
+            self._lock()
             self.messages = self._read()
         except ChatError:
             self.close()
             raise
+        self.modified = datetime.fromtimestamp(os.fstat(self._file.fileno()).st_mtime)
+
+    @property
+    def state_path(self) -> Path:
+        """The file beside the session for the engine's state after the messages."""
+        return self.path.with_name(f"{self.path.name}.state.safetensors")
+
+    def _lock(self) -> None:
+        what = f"{self.path} can't be locked"
+        in_use = f"{self.path} is in use by another chat: name another file."
+        with explain_errors(what, "Name a file on another disk.", OSError):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SessionInUseError(in_use) from error
+            # The other chat may just have replaced the file.
+            if not has_name(self._file, self.path):
+                raise SessionInUseError(in_use)
 
     def _read(self) -> list[Message]:
-        """Read the messages, with whatever further keys they have."""
-        messages: list[Message] = []
-        roles = ["system", "user"]
-        for count, line in enumerate(io.BytesIO(self._file.readall()), 1):
-            with foreign(
-                f"{self.path} is no session of llmchat: line {count}: {{}}. Name another file."
-            ):
-                message = json.loads(line)
-                if not isinstance(message, dict) or message.get("role") not in roles:
-                    raise ValueError(f"this is no message with the role {' or '.join(roles)}")
-                texts = (message.get("content"), message.get("reasoning_content", ""))
-                if not all(isinstance(text, str) for text in texts):
-                    raise ValueError("its content is no text")
-            messages.append(message)
-            roles = ["assistant"] if message["role"] == "user" else ["user"]
-        return messages
+        what = f"{self.path} is no session of llmchat"
+        with explain_errors(what, "Name another file.", OSError, ValueError):
+            return parse_session(read_whole(self._file, MAX_SESSION_BYTES))
 
     def close(self) -> None:
         """Let others have the file."""
@@ -3015,121 +3329,278 @@ class SessionFile:
         """Make the file hold these messages, on disk when this returns. Raises `ChatError`."""
         if messages == self.messages:
             return
-        with foreign(f"{self.path} could not be written: {{}}. /save FILE may."):
-            replaced, self._file = (
-                self._file,
-                replace_file(self.path, as_lines(messages), locked=True),
-            )
-        replaced.close()
+        what = f"{self.path} could not be written"
+        with explain_errors(what, "/save FILE writes it elsewhere.", OSError):
+            lines = as_lines(messages)
+            file = replace_file(self.path, lines, locked=True, not_before_s=self._not_before_s)
+        self._file.close()
+        self._file = file
         self.messages = list(messages)
 
+    def rename(self, name: str) -> None:
+        """Give the file another name in its folder. Raises `ChatError`."""
+        path = self.path.with_name(name)
+        with explain_errors(f"{self.path} could not be renamed", "", OSError):
+            # The state is of the model that computed it: another name is another model.
+            self.state_path.unlink(missing_ok=True)
+            self.path.rename(path)
+        self.path = path
 
-@dataclasses.dataclass
+
+class SavedChat(NamedTuple):
+    """A saved chat, as far as its file tells without being read."""
+
+    path: Path
+    # The model that the chat was last held with, as the file's name has it.
+    quoted_model: str
+    modified_s: float
+    size_bytes: int
+
+
+class OpenedChat(NamedTuple):
+    """A saved chat that goes on, and the model that it was last held with."""
+
+    session: SessionFile
+    model: str
+
+
 class SavedChats:
-    """The last conversations, each in a session file named by its time and its model, readable by the user alone."""
+    """The last chats, each in a session file named by its time and its model, for the user alone.
 
-    # States are large, and a chat hardly ever goes on with any but the last of its model.
-    MOST, STATES = 50, 5
+    The order of their files' dates is the order in which they were used last: also where the clock
+    went back, a chat that is saved is dated after all others.
+    """
 
-    folder: Path
+    MAX_CHATS = 50
+    # States are large, and a chat seldom goes on with any but the last ones.
+    MAX_STATES = 5
+    MAX_MODEL_BYTES = 180
+    NAME = re.compile(r"(\d{4}-\d\d-\d\d \d\d\.\d\d\.\d\d\.\d{6}) (\S+)\.jsonl")
+    # What a chat leaves that is killed while it saves; `.llmchat_config` and the history are none.
+    LEFTOVER = re.compile(r"\.llmchat[-a-z0-9]\w*")
 
-    def _files(self, model: str = "*") -> list[Path]:
-        """Return the files of the conversations with a model, as their names have it; the last one comes first."""
-        files = []
-        for file in self.folder.glob(f"* {model}.jsonl"):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _files(self) -> list[SavedChat]:
+        """Return all saved chats; the one that was used last comes first. Raises `OSError`."""
+        if not self.folder.exists():
+            return []
+        chats = []
+        for entry in os.scandir(self.folder):
+            match = self.NAME.fullmatch(entry.name)
+            if not match or not entry.is_file(follow_symlinks=False):
+                continue
             # Another chat may just have removed it.
-            with contextlib.suppress(OSError):
-                files.append((file.stat().st_mtime, file))
-        return [file for _, file in sorted(files, reverse=True)]
+            with contextlib.suppress(FileNotFoundError):
+                info = entry.stat()
+                chats.append(SavedChat(Path(entry.path), match[2], info.st_mtime, info.st_size))
+        return sorted(chats, key=lambda chat: chat.modified_s, reverse=True)
+
+    def _chats(self) -> list[SavedChat]:
+        """Return the chats that can go on, in the order of their numbers. Raises `ChatError`."""
+        with explain_errors(f"{self.folder} can't be read", "", OSError):
+            # A chat of which everything was taken back is empty.
+            return [chat for chat in self._files() if chat.size_bytes]
+
+    @classmethod
+    def _quoted_model(cls, model: str) -> str:
+        """Return a model as the name of a file has it, wherever the program is started."""
+        folder = Path(os.path.expanduser(model))
+        name = str(folder.resolve()) if folder.is_dir() else model
+        # The name of a file, also that of a state while it is written, has room for 255 bytes.
+        return quote(os.fsencode(name), safe="")[-cls.MAX_MODEL_BYTES :]
 
     @staticmethod
-    def _name_for_model(model: str) -> str:
-        """Return a model as the name of a file has it, the same wherever the program is started."""
-        folder = Path(os.path.expanduser(model))
-        # A name has room for 255 bytes, also that of the state while it is written.
-        return quote(str(folder.resolve()) if folder.is_dir() else model, safe="")[-180:]
+    def _model(chat: SavedChat) -> str:
+        return os.fsdecode(unquote_to_bytes(chat.quoted_model))
+
+    @staticmethod
+    def _date_after(chats: Sequence[SavedChat]) -> float:
+        """Return the time that the chat used next is at least dated with, in seconds."""
+        return max((chat.modified_s for chat in chats), default=0.0) + 0.001
 
     def create(self, model: str) -> SessionFile:
-        """Begin a file; the oldest of too many go. Raises `ChatError`."""
-        with foreign(
-            f"{self.folder} can't be used to keep conversations: {{}}. Mend that, or start with --no-keep."
-        ):
+        """Begin the file of a new chat; remove the oldest of too many. Raises `ChatError`."""
+        what = f"{self.folder} can't be used to keep conversations"
+        with explain_errors(what, "Mend that, or start with --no-keep.", OSError):
+            if problem := access_problem(self.folder):
+                raise OSError(problem)
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            files = self._files()
-            states = [
-                state
-                for file in files[self.STATES - 1 :]
-                for state in self.folder.glob(f"{file.name}.*")
-            ]
-            for file in [*states, *files[self.MOST - 1 :]]:
-                file.unlink(missing_ok=True)
-        return SessionFile(
-            self.folder
-            / f"{datetime.now():%Y-%m-%d %H.%M.%S.%f} {self._name_for_model(model)}.jsonl"
-        )
+            self.folder.chmod(0o700)
+            chats = self._files()
+            self._remove_old(chats)
+        started = f"{datetime.now():%Y-%m-%d %H.%M.%S.%f}"
+        path = self.folder / f"{started} {self._quoted_model(model)}.jsonl"
+        return SessionFile(path, self._date_after(chats))
 
-    def open_latest(
-        self, model: str | None, warn: Callable[[str], None]
-    ) -> tuple[SessionFile, str]:
-        """Return the last conversation, of this model if one is named, and its model. Raises `ChatError`."""
-        for file in self._files(self._name_for_model(model) if model else "*"):
-            if file.stat().st_size:
-                try:
-                    return SessionFile(file), model or unquote(file.stem.rpartition(" ")[2])
-                except ChatError as error:
-                    warn(f"Passed over: {error}")
-        raise ChatError(
-            f"There is no conversation{f' with {model}' if model else ''} in {self.folder} to go on with."
-        )
+    def _remove_old(self, chats: Sequence[SavedChat]) -> None:
+        """Make room for one more chat. Raises `OSError`."""
+        day_ago_s = time.time() - DAY_S
+        for chat in chats[self.MAX_STATES - 1 :]:
+            for state in self.folder.glob(f"{glob.escape(chat.path.name)}.*"):
+                state.unlink(missing_ok=True)
+        for chat in chats[self.MAX_CHATS - 1 :]:
+            if chat.modified_s < day_ago_s:
+                self._remove_unless_open(chat.path)
+        for path in self.folder.iterdir():
+            if self.LEFTOVER.fullmatch(path.name) and path.lstat().st_mtime < day_ago_s:
+                path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _remove_unless_open(path: Path) -> None:
+        # A chat that is open elsewhere, gone already or not the user's own stays as it is.
+        with contextlib.suppress(OSError), open_plain_file(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+    def open_latest(self, model: str | None, warn: Callable[[str], None]) -> OpenedChat:
+        """Open the chat that was used last, with this model if one is named.
+
+        Raises `ChatError`, also if the chat is open elsewhere. A damaged one is passed over, and
+        `warn` is told.
+        """
+        for chat in self._chats():
+            if model and chat.quoted_model != self._quoted_model(model):
+                continue
+            try:
+                return self._open(chat, model)
+            except SessionInUseError as error:
+                raise ChatError(
+                    "The last chat is open in another llmchat: `llmchat --chats` lists all, and "
+                    "`llmchat -c NUMBER` goes on with one of them."
+                ) from error
+            except ChatError as error:
+                warn(f"Passed over: {error}")
+        with_model = f" with {model}" if model else ""
+        raise ChatError(f"There is no conversation{with_model} in {self.folder} to go on with.")
+
+    def open_numbered(self, number: int) -> OpenedChat:
+        """Open the chat that has this number in `rows`. Raises `ChatError`."""
+        chats = self._chats()
+        if not 1 <= number <= len(chats):
+            raise ChatError(f"There is no chat {number}: `llmchat --chats` lists {len(chats)}.")
+        return self._open(chats[number - 1], None)
+
+    def _open(self, chat: SavedChat, model: str | None) -> OpenedChat:
+        if problem := access_problem(chat.path):
+            raise ChatError(f"{chat.path} can't go on: {problem}.")
+        if model is None and len(chat.quoted_model) == self.MAX_MODEL_BYTES:
+            raise ChatError(
+                f"The name of the model is too long to be known from {chat.path}: "
+                "name both, llmchat MODEL --session FILE."
+            )
+        session = SessionFile(chat.path, self._date_after(self._chats()))
+        return OpenedChat(session, model or self._model(chat))
+
+    def rename(self, session: SessionFile, model: str) -> None:
+        """Record the model that a saved chat is held with from now on. Raises `ChatError`."""
+        match = self.NAME.fullmatch(session.path.name)
+        # A session that the user has named is none of these.
+        if session.path.parent != self.folder or not match:
+            return
+        name = f"{match[1]} {self._quoted_model(model)}.jsonl"
+        if name != session.path.name:
+            session.rename(name)
+
+    def rows(self) -> list[list[str]]:
+        """Return a line for each chat: number, time, model, turns and first words."""
+        rows = []
+        for number, chat in enumerate(self._chats(), 1):
+            moment = describe_moment(datetime.fromtimestamp(chat.modified_s))
+            turns, words = self._summary(chat)
+            rows.append([str(number), moment, self._model(chat), turns, words])
+        return [list(map(strip_control_characters, row)) for row in rows]
+
+    @staticmethod
+    def _summary(chat: SavedChat) -> tuple[str, str]:
+        """Return how many turns a chat has, and its first words."""
+        try:
+            with open_plain_file(chat.path) as file:
+                messages = parse_session(read_whole(file, MAX_SESSION_BYTES))
+        except (OSError, ValueError) as error:
+            return "", f"can't be read: {error_text(error)}"
+        prompts = [message["content"] for message in messages if message["role"] == "user"]
+        turns = "1 turn" if len(prompts) == 1 else f"{len(prompts)} turns"
+        return turns, shorten(" ".join(prompts[:1]), 50)
+
+
+def describe_moment(moment: datetime) -> str:
+    """Return a day and a time as they are shown."""
+    day = "today" if moment.date() == datetime.now().date() else str(moment.date())
+    return f"{day}, {moment:%H:%M}"
 
 
 class PromptHistory:
-    """The prompts of this day and earlier ones: in a file, one a line, newlines and backslashes escaped.
+    r"""The prompts of this day and earlier ones in a file for the user alone, one a line.
 
-    The file is added to at every prompt, and cut back to its bounds when it is read and twice as large.
+    Newlines and backslashes are written as \n and \\. The file is added to at every prompt. It is
+    cut to its bounds when it is read and twice as large. Without `keep` it is only read.
     """
 
-    ENTRIES, BYTES = 1000, 1 << 20
+    MAX_ENTRIES = 1000
+    MAX_BYTES = 1 << 20
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: bool = True) -> None:
         self._path = path
+        self._keep = keep
         self._last = ""
 
     def load(self) -> list[str]:
-        """The last prompts, oldest first. Raises `OSError`."""
+        """Return the last prompts, the oldest first. Raises `OSError`."""
         if not self._path.exists():
             return []
-        with open(self._path, "rb") as file:
+        with self._locked() as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - self.BYTES))
-            # What stands before the first newline may be half a line.
-            lines = file.read().splitlines(keepends=True)[size > self.BYTES :]
-        kept = lines[-self.ENTRIES :]
-        if size > 2 * self.BYTES or len(lines) > 2 * self.ENTRIES:
-            replace_file(self._path, b"".join(kept)).close()
-        texts = (line.decode(errors="replace").rstrip("\n") for line in kept)
-        prompts = [
-            re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text) for text in texts
-        ]
+            file.seek(max(0, size - self.MAX_BYTES))
+            lines = file.read(self.MAX_BYTES).removesuffix(b"\n").split(b"\n")
+            if size == 0 or size > self.MAX_BYTES:
+                # There is no line, or the first one may be half of one.
+                del lines[0]
+            recent = lines[-self.MAX_ENTRIES :]
+            too_large = size > 2 * self.MAX_BYTES or len(lines) > 2 * self.MAX_ENTRIES
+            if self._keep and too_large:
+                replace_file(self._path, b"".join(line + b"\n" for line in recent)).close()
+        prompts = [self._unescaped(line.decode(errors="replace")) for line in recent]
         self._last = prompts[-1] if prompts else ""
         return prompts
 
+    @staticmethod
+    def _unescaped(line: str) -> str:
+        return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], line)
+
     def add(self, prompt: str) -> bool:
-        """Write a prompt down, unless it was the last one too. Raises `OSError`."""
-        line = prompt.replace("\\", "\\\\").replace("\n", "\\n").encode(errors="replace") + b"\n"
+        """Add a prompt, unless it is the last one again; tell if it was new. Raises `OSError`."""
+        escaped = prompt.replace("\\", "\\\\").replace("\n", "\\n")
+        line = escaped.encode(errors="replace") + b"\n"
         # A prompt as large as all of the history would leave nothing else of it.
-        if prompt == self._last or len(line) > self.BYTES:
+        if prompt == self._last or len(line) > self.MAX_BYTES:
             return False
         self._last = prompt
-        with open(
-            os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb", buffering=0
-        ) as file:
-            size = file.seek(0, os.SEEK_END)
-            # On a full disk half a line would be part of the next one.
-            if file.write(line) < len(line):
-                file.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self._keep:
+            with self._locked() as file:
+                self._append(file, line)
         return True
+
+    @staticmethod
+    def _append(file: io.FileIO, line: bytes) -> None:
+        size = file.seek(0, os.SEEK_END)
+        # On a full disk half a line would become part of the next one.
+        if file.write(line) < len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[io.FileIO]:
+        """Open the file while no other chat has it. Raises `OSError`."""
+        while True:
+            with open_plain_file(self._path, "a+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # Another chat may have cut the file, which replaces it, while this one waited.
+                if has_name(file, self._path):
+                    os.fchmod(file.fileno(), 0o600)
+                    yield file
+                    return
 
 
 # ---------------------------------------------------------------------------------------- Screen
@@ -3598,6 +4069,7 @@ class LineEditor:
 
     def __init__(self, stdin: TextIO, screen: Screen, history: PromptHistory | None = None) -> None:
         self._stdin, self._screen, self._history = stdin, screen, history
+        self._piped_lines = PipedLines(stdin)
         self.interactive = stdin.isatty() and screen.interactive
         self._keyboard = TerminalProxy(stdin, screen.dumb, self._as_keys)
         self._readline: Any = None
@@ -3699,7 +4171,11 @@ class LineEditor:
         # Through the pipe the last reply comes a little later.
         time.sleep(BURST_S * typed)
         (self._screen.write_stderr if typed else self._screen.write)(prompt)
-        line = self._stdin.readline()
+        try:
+            line = self._piped_lines.read()
+        except ChatError:
+            self._screen.write("\n")
+            raise
         if typed:
             columns = os.get_terminal_size(self._stdin.fileno()).columns or 80
             rows = 1 + (display_width(prompt + line.rstrip("\n")) - 1) // columns
@@ -3778,11 +4254,12 @@ class LineEditor:
         typed = given.endswith((b"\r", b"\n")) or (given and self._readline.get_line_buffer())
         return bool(self._block or typed or self._keyboard.has_typed_ahead())
 
-    def add_to_history(self, prompt: str) -> None:
-        """Add a prompt that somebody typed to the history, in the line editor and on disk."""
+    def add_to_history(self, prompt: str, on_disk: bool = True) -> None:
+        """Add a prompt that somebody typed to the line editor's history, and to that on disk."""
         new = self._screen.interactive
-        with self._warned_of_history():
-            new = new and (self._history is None or self._history.add(prompt))
+        if on_disk:
+            with self._warned_of_history():
+                new = new and (self._history is None or self._history.add(prompt))
         if new and self._readline:
             self._readline.add_history(self._held(prompt))
 
@@ -3946,108 +4423,124 @@ def find_command(line: str) -> tuple[Command, str]:
 
 
 def completions(line: str) -> list[str]:
-    """Return the lines that Tab may make of a line's beginning: commands, keys of `/set`, file names, or just a tab."""
+    """Return the lines that Tab may make of a line's beginning.
+
+    They hold commands, keys of `/set` and file names; where there are none of these, a tab.
+    """
     if not line.startswith("/"):
         return [line + "\t"]
     word, space, rest = line.partition(" ")
-    wholes: Iterable[str] = ()
+    candidates: Iterable[str] = ()
     if not space:
-        wholes = (f"{name} " if arguments else name for name, (arguments, *_) in COMMANDS.items())
+        candidates = (
+            f"{name} " if arguments else name for name, (arguments, *_) in COMMANDS.items()
+        )
     elif word == "/set":
-        wholes = (
+        candidates = (
             f"/set {key} "
             for key, (name, no) in KEYS.items()
             if OPTIONS[name].scope is CHAT and not no
         )
-    elif word in ("/save", "/file"):
-        # Only /file takes several, and it splits them at spaces.
-        start = rest.rpartition(" ")[2] if word == "/file" else rest
-        head = line[: len(line) - len(start) + start.rfind("/") + 1]
-        found = sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*"))
-        wholes = (head + os.path.basename(name) + "/" * os.path.isdir(name) for name in found)
-    return [
-        whole
-        for whole in wholes
-        if whole.startswith(line) and strip_control_characters(whole) == whole
-    ]
+    elif word == "/save":
+        candidates = [f"/save {path}" for path in matching_paths(rest)]
+    elif word == "/file":
+        candidates = [f"/file {paths}" for paths in complete_last_path(rest)]
+    return [candidate for candidate in candidates if candidate.startswith(line)]
 
 
-def read_texts(patterns: Iterable[str]) -> list[str]:
-    """Return the text of each file that the paths and patterns name, under its name. Raises `ChatError`."""
-    texts = []
-    for pattern in patterns:
-        path = os.path.expanduser(pattern)
-        names = (
-            [path]
-            if os.path.exists(path)
-            else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        )
-        if not names:
-            raise ChatError(f"There is no file {shorten(pattern)}: nothing is added.")
-        for name in names:
-            with foreign(f"{shorten(name)} can't be read as text: {{}}. Nothing is added."):
-                text = Path(name).read_text(encoding="utf-8-sig").strip()
-                if "\0" in text:
-                    raise ValueError("it holds zeros")
-            texts.append(f"{name}:\n\n{text}")
-    return texts
+def matching_paths(start: str) -> list[str]:
+    """Return the paths that begin like this, folders with a slash.
+
+    A name that would change the line it is put into is left out: it holds a newline, a tab or a
+    control character.
+    """
+    folder = start[: start.rfind("/") + 1]
+    paths = []
+    for path in sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*")):
+        name = os.path.basename(path)
+        if strip_control_characters(name) == name and not re.search(r"[\n\t]", name):
+            paths.append(folder + name + ("/" if os.path.isdir(path) else ""))
+    return paths
+
+
+# A word of a shell's line: escaped and plain characters, and quoted parts, which may be unclosed.
+SHELL_WORD = re.compile(
+    r"""(?:\\(?:.|\Z)|'[^']*(?:'|\Z)|"(?:\\.|[^"\\])*(?:"|\\?\Z)|[^\s'"\\])+""", re.DOTALL
+)
+
+
+def complete_last_path(words: str) -> list[str]:
+    """Return what paths as a shell takes them may become if the last one is completed."""
+    last_word = ""
+    for match in SHELL_WORD.finditer(words):
+        if match.end() == len(words):
+            last_word = match[0]
+    before = words[: len(words) - len(last_word)]
+    quote_mark = last_word[:1] if last_word[:1] in ("'", '"') else ""
+    try:
+        (start,) = shlex.split(last_word + quote_mark) or [""]
+    except ValueError:
+        # The word ends in an escape, or in a quoted part that is not all of it.
+        return []
+    return [before + quote_path(path, quote_mark) for path in matching_paths(start)]
+
+
+def quote_path(path: str, quote_mark: str) -> str:
+    """Return a path as a shell takes it. In quotes, that of a folder is left open to go on."""
+    if quote_mark == "'":
+        path = "'" + path.replace("'", "'\\''")
+    elif quote_mark == '"':
+        path = '"' + re.sub(r'(["\\])', r"\\\1", path)
+    else:
+        return re.sub(r"""([\s'"\\])""", r"\\\1", path)
+    return path if path.endswith("/") else path + quote_mark
 
 
 def put_in_clipboard(text: str, screen: Screen) -> str:
-    """Put a text into the clipboard by the first program that can, or else by asking the terminal (OSC 52).
+    """Put a text that a person is to read into the clipboard; return what was done.
 
-    Returns what was done. Raises `ChatError`.
+    The first program that can takes it, or else the terminal is asked (OSC 52). Over ssh the
+    programs fill the clipboard of the other machine: there the terminal is asked first. Raises
+    `ChatError`.
     """
+    text = strip_control_characters(text)
     data = text.encode(errors="replace")
-    programs = {
+    needed_variables = {
         "pbcopy": "HOME",
         "wl-copy": "WAYLAND_DISPLAY",
         "xclip -selection clipboard": "DISPLAY",
     }
+    if screen.interactive and ("SSH_TTY" in os.environ or "SSH_CONNECTION" in os.environ):
+        needed_variables = {}
     # Within tmux an OSC 52 of a program's own is dropped by default; this has tmux itself send one.
-    programs["tmux load-buffer -w -"] = "TMUX"
-    for words in (program.split() for program, needs in programs.items() if os.environ.get(needs)):
-        if shutil.which(words[0]) and not subprocess.run(words, input=data, check=False).returncode:
-            return f"{len(text)} characters are copied."
+    needed_variables["tmux load-buffer -w -"] = "TMUX"
+    for program, variable in needed_variables.items():
+        words = program.split()
+        if os.environ.get(variable) and shutil.which(words[0]):
+            done = subprocess.run(words, input=data, stderr=subprocess.DEVNULL, check=False)
+            if done.returncode == 0:
+                return f"{len(text)} characters are copied."
     if not screen.interactive:
         raise ChatError("There is no clipboard here.")
     screen.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
     return f"{len(text)} characters went to the terminal, to be copied."
 
 
-def one_shot_prompt(text: str, stdin: TextIO, launched: bool = False) -> str:
-    """Return the prompt that `-p TEXT` sends: piped standard input goes before TEXT, and is all if TEXT is `-`.
-
-    Raises `ChatError` if there is no text, or more than any model can take.
-    """
-    if launched and text == "-":
-        raise ChatError(
-            "mlx.launch never tells where standard input ends: give --prompt the text itself."
-        )
-    piped = "" if stdin.isatty() or launched else stdin.read(MAX_CHARACTERS + 1).strip("\n")
-    if len(piped) > MAX_CHARACTERS:
-        raise ChatError(
-            f"Standard input holds more than {MAX_CHARACTERS} characters: no model can take that."
-        )
-    prompt = piped if text == "-" else "\n\n".join(part for part in (piped, text) if part)
-    if not prompt.strip():
-        raise ChatError("There is nothing to reply to: give -p a text, or pipe one in.")
-    return prompt
-
-
-def write_table(screen: Screen, rows: Sequence[Sequence[str]]) -> None:
-    """Write rows of texts in columns into the session."""
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of texts as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        screen.write("  ".join(cells).rstrip() + "\n")
+        lines.append("  ".join(cells).rstrip() + "\n")
+    return "".join(lines)
 
 
 @command("/help")
 def show_help(chat: Chat, text: str) -> None:
     """List the commands and keys."""
     rows = [(f"{name} {each.arguments}", each.help) for name, each in COMMANDS.items()]
-    write_table(chat.screen, [*rows, *KEYS_HELP])
+    chat.screen.write(format_table([*rows, *KEYS_HELP]))
 
 
 @command("/clear")
@@ -4106,7 +4599,8 @@ def change_setting(chat: Chat, text: str) -> None:
     key, _, value = re.sub(r"[\s=]+", " ", text, count=1).partition(" ")
     name = KEYS.get(key.lower().replace("_", "-"), ("", False))[0]
     if not value and (name or not key):
-        write_table(chat.screen, settings_table(settings, [name] if name else list(OPTIONS)))
+        names = [name] if name else list(OPTIONS)
+        chat.screen.write(format_table(settings_table(settings, names)))
         return
     try:
         name = settings.set_from_text(key, value.strip(), "here", [CHAT])
@@ -4145,12 +4639,12 @@ def show_statistics(chat: Chat, text: str) -> None:
 def add_files(chat: Chat, text: str) -> None:
     """Put files before the next prompt, or list them; - drops them."""
     if text == "-":
-        chat.files = []
+        chat.files = {}
     # A pattern may lead through all of a disk, and the engine may still be at work.
     with chat.signals.cancellable():
         if text not in ("", "-"):
             chat.add_files(text)
-        for file in chat.files:
+        for file in chat.files.values():
             name = file.partition("\n")[0]
             chat.screen.notice(f"{name} {chat.conversation.describe_size(file)}")
     if not chat.files:
@@ -4163,15 +4657,12 @@ def edit(chat: Chat, text: str) -> None:
     program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     if not text and chat.conversation.messages:
         text = chat.conversation.messages[-2]["content"]
-    with tempfile.TemporaryDirectory(prefix="llmchat") as folder, chat.editor.suspended():
-        file = Path(folder, "prompt.md")
-        file.write_text(text, encoding="utf-8", errors="replace")
-        with explain_errors(
-            f"{program} can't be used to edit", "Set EDITOR to another one.", OSError, ValueError
-        ):
+    what = f"{program} can't be used to edit"
+    with explain_errors(what, "Set EDITOR to another one.", OSError, ValueError):
+        with chat.editor.suspended(), temporary_draft(text) as file:
             words = [*shlex.split(program), str(file)]
             status = subprocess.run(words, check=False).returncode
-            edited = file.read_text(encoding="utf-8", errors="replace").strip("\n")
+            edited = decode_text(file.read_bytes()).strip("\n")
     if status:
         raise ChatError(f"{program} ended with status {status}: nothing is taken from it.")
     chat.draft = edited
@@ -4190,6 +4681,8 @@ def copy_answer(chat: Chat, text: str) -> None:
         parts["code"] = block
     if text not in parts:
         raise ChatError(f"There is no such block of code: the last answer has {len(blocks)}.")
+    if chat.hosts.rank:
+        return
     chat.screen.notice(put_in_clipboard(parts[text], chat.screen))
 
 
@@ -4252,8 +4745,10 @@ class Autosave:
         session: SessionFile | None,
         saved_chats: SavedChats | None,
         show_error: Callable[[ChatError], None],
+        notice: Callable[[str], None],
     ) -> None:
         """Without `saved_chats` no files are begun; without `session` either nothing is written."""
+        self._notice = notice
         self._settings = settings
         self._saved_chats = saved_chats
         self._show_error = show_error
@@ -4268,8 +4763,11 @@ class Autosave:
             self._save(turns)
             self._has_failed = False
         except ChatError as error:
-            if not self._has_failed:
+            # A chat that is saved without being asked to be is no reason to fail.
+            if not self._has_failed and self._settings.session:
                 self._show_error(error)
+            elif not self._has_failed:
+                self._notice(str(error))
             self._has_failed = True
 
     def _save(self, turns: Sequence[Message]) -> None:
@@ -4320,7 +4818,7 @@ class Chat:
         hosts: Hosts | None = None,
         session: SessionFile | None = None,
         saved_chats: SavedChats | None = None,
-        files: Sequence[str] = (),
+        files: dict[str, str] | None = None,
         draft: str = "",
     ) -> None:
         self.conversation = conversation
@@ -4329,9 +4827,9 @@ class Chat:
         self.settings = settings
         self.signals = signals or Signals()
         self.hosts = hosts or Hosts()
-        self.autosave = Autosave(settings, session, saved_chats, self._show_error)
-        # The texts of files that go before the next prompt.
-        self.files = list(files)
+        self.autosave = Autosave(settings, session, saved_chats, self._show_error, screen.notice)
+        # The texts of files that go before the next prompt, by the files' real paths.
+        self.files = files or {}
         # The text that stands in the next line for editing.
         self.draft = draft
         # Whether an error was shown.
@@ -4346,6 +4844,10 @@ class Chat:
                 prompt = self._read_prompt()
             except EOFError:
                 break
+            except ChatError as error:
+                # A line that is piped in is no text.
+                self._show_error(error)
+                continue
             except KeyboardInterrupt:
                 self.signals.exit_if_signalled()
                 if self.editor.line_has_text():
@@ -4380,7 +4882,7 @@ class Chat:
     def _read_ahead(self) -> contextlib.AbstractContextManager[None]:
         # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
         if self.editor.interactive and self.hosts.size == 1:
-            return self.conversation.read_ahead(self.files)
+            return self.conversation.read_ahead(list(self.files.values()))
         return contextlib.nullcontext()
 
     def show_notes(self) -> None:
@@ -4390,7 +4892,9 @@ class Chat:
 
     def _handle(self, prompt: str) -> None:
         """Run a command, or send a prompt, and save the conversation. Never ends the chat."""
-        self.editor.add_to_history(prompt)
+        # What a command says, such as a system prompt, is on no disk.
+        is_command = prompt.startswith("/") and not prompt.startswith("//")
+        self.editor.add_to_history(prompt, on_disk=not is_command)
         try:
             self._dispatch(prompt)
         except ChatError as error:
@@ -4429,12 +4933,12 @@ class Chat:
             # The whole line may be one name, with spaces in it.
             one_name = os.path.exists(os.path.expanduser(text))
             names = [text] if one_name else shlex.split(text)
-        self.files = self.files + read_texts(names)
+        self.files = {**self.files, **read_texts(names)}
 
     def send(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
         before = self.conversation.messages
-        content = "\n\n".join([*self.files, prompt])
+        content = "\n\n".join([*self.files.values(), prompt])
         # The prompt is saved before its reply comes, so that a crash loses only the reply.
         if self.settings.prompt is None:
             self.autosave.save([*before, {"role": "user", "content": content}])
@@ -4445,7 +4949,7 @@ class Chat:
                 # It was refused or stopped, or the engine failed: it stands in the next line.
                 self.draft = prompt
             else:
-                self.files = []
+                self.files = {}
                 self.autosave.save(self.conversation.messages)
 
     def answer_once(self, prompt: str) -> int:
@@ -4544,9 +5048,7 @@ def welcome(chat: Chat) -> None:
         return
     turns = len(messages) // 2
     count = "1 turn" if turns == 1 else f"{turns} turns"
-    day = session.modified.date()
-    day_text = "today" if day == datetime.now().date() else str(day)
-    name = chat.settings.session or f"{day_text}, {session.modified:%H:%M}"
+    name = chat.settings.session or describe_moment(session.modified)
     screen.notice(f"Going on with {count} of {name}.")
     if screen.interactive:
         # Files may stand before the prompt, which comes last.
@@ -4567,10 +5069,14 @@ def open_session(
     if settings.session is not None:
         session = SessionFile(Path(os.path.expanduser(settings.session)))
     elif settings.resume:
-        model = None
+        named = ""
         if settings.sources.get("model") == "flag":
-            model = resolve_model_name(str(settings.model))
-        session, settings.model = saved_chats.open_latest(model, screen.notice)
+            named = str(settings.model)
+        if named.isdecimal():
+            session, settings.model = saved_chats.open_numbered(int(named))
+        else:
+            model = resolve_model_name(named) if named else None
+            session, settings.model = saved_chats.open_latest(model, screen.notice)
     messages = list(session.messages) if session else []
     draft = ""
     if messages and messages[-1]["role"] == "user":
@@ -4620,15 +5126,43 @@ def run(
     signals: Signals,
     engine: Engine,
 ) -> int:
-    """Load the model, then chat or answer one prompt; return the exit status. Raises `ChatError`."""
+    """Do what the command line asks for; return the exit status. Raises `ChatError`."""
+    saved_chats = SavedChats(Path(os.path.expanduser(CHATS_FOLDER)))
+    if settings.chats:
+        rows = saved_chats.rows()
+        screen.write(format_table(rows) or f"There are no saved chats in {saved_chats.folder}.\n")
+        return 0
     prompt = None
     if settings.prompt is not None:
-        prompt = one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1)
+        prompt = one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1, screen.notice)
     is_chat_on_terminal = editor.interactive and prompt is None
     if is_chat_on_terminal:
         # Before the model loads: keys that are typed meanwhile wait for the prompt.
         editor.open(completions, signals.request_stop)
-    saved_chats = SavedChats(Path(os.path.expanduser("~/.llmchat")))
+    chat = open_chat(settings, screen, editor, hosts, signals, engine, saved_chats)
+    with contextlib.closing(chat):
+        if not is_chat_on_terminal:
+            chat.conversation.warm_up()
+            chat.show_notes()
+        if prompt is not None:
+            return chat.answer_once(prompt)
+        welcome(chat)
+        if is_chat_on_terminal:
+            signals.start_chat()
+        chat.run()
+    return 1 if chat.has_failed and not editor.interactive else 0
+
+
+def open_chat(
+    settings: Settings,
+    screen: Screen,
+    editor: LineEditor,
+    hosts: Hosts,
+    signals: Signals,
+    engine: Engine,
+    saved_chats: SavedChats,
+) -> Chat:
+    """Open the session, read the files and load the model. Raises `ChatError`."""
     session: SessionFile | None = None
     messages: list[Message] = []
     draft = ""
@@ -4639,17 +5173,24 @@ def run(
         settings.model, settings.system, messages = engine.call(hosts.broadcast, shared)
         # Each host holds only its part of the state.
         settings.keep_state = False
-    if draft and not is_chat_on_terminal:
+    if draft and not (editor.interactive and settings.prompt is None):
         name = settings.session or "the chat"
         screen.notice(f"The last prompt of {name} got no reply, and is left out: {draft}")
         draft = ""
     files = new_files(settings, messages)
     model = load(settings, screen, hosts, engine)
+    if model.recommended:
+        screen.notice(model.recommended)
     conversation = Conversation(engine, model, settings, messages)
     if session and settings.keep_state:
         conversation.load_state(session.state_path)
-    saves_chat = (settings.keep or settings.resume) and prompt is None and hosts.rank == 0
-    chat = Chat(
+    saves_chats = will_save_chats(settings, screen, hosts)
+    if saves_chats:
+        places = [saved_chats.folder, Path(os.path.expanduser(HISTORY_FILE))]
+        if warning := unsaved_warning(places):
+            screen.notice(warning)
+            saves_chats = not access_problem(saved_chats.folder)
+    return Chat(
         conversation,
         screen,
         editor,
@@ -4657,26 +5198,25 @@ def run(
         signals=signals,
         hosts=hosts,
         session=session,
-        saved_chats=saved_chats if saves_chat else None,
+        saved_chats=saved_chats if saves_chats else None,
         files=files,
         draft=draft,
     )
-    if model.recommended:
-        screen.notice(model.recommended)
-    with contextlib.closing(chat):
-        if not is_chat_on_terminal:
-            conversation.warm_up()
-        if prompt is not None:
-            chat.show_notes()
-            return chat.answer_once(prompt)
-        welcome(chat)
-        if is_chat_on_terminal:
-            signals.start_chat()
-        chat.run()
-    return 1 if chat.has_failed and not editor.interactive else 0
 
 
-def new_files(settings: Settings, messages: Sequence[Message]) -> list[str]:
+def will_save_chats(settings: Settings, screen: Screen, hosts: Hosts) -> bool:
+    """Return whether what has no session file of its own is saved among the user's chats."""
+    if settings.prompt is not None or hosts.rank:
+        return False
+    if settings.resume:
+        return True
+    # A chat that is piped in is only saved if that was asked for.
+    is_typed = sys.stdin.isatty() or screen.interactive
+    was_asked_for = settings.session is not None or "keep" in settings.sources
+    return settings.keep and (is_typed or was_asked_for)
+
+
+def new_files(settings: Settings, messages: Sequence[Message]) -> dict[str, str]:
     """Return the texts of the files of the command line that the conversation has not got yet.
 
     So the same command on the same session can ask again about a document.
@@ -4684,7 +5224,8 @@ def new_files(settings: Settings, messages: Sequence[Message]) -> list[str]:
     earlier = ""
     if settings.history:
         earlier = "\n".join(message["content"] for message in messages)
-    return [text for text in read_texts(settings.file) if text not in earlier]
+    texts = read_texts(settings.file)
+    return {path: text for path, text in texts.items() if text not in earlier}
 
 
 def repair_standard_streams() -> None:
@@ -4698,7 +5239,7 @@ def repair_standard_streams() -> None:
 
 
 @contextlib.contextmanager
-def open_terminal(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
+def open_terminal(hosts: Hosts, settings: Settings) -> Iterator[tuple[Screen, LineEditor]]:
     """Give this process its screen and its line editor, and leave the terminal as it was found.
 
     On other hosts than rank 0 nothing is seen.
@@ -4706,10 +5247,11 @@ def open_terminal(hosts: Hosts) -> Iterator[tuple[Screen, LineEditor]]:
     out: TextIO = sys.stdout
     err: TextIO = sys.stderr
     history = None
-    if hosts.rank == 0:
-        history = PromptHistory(Path(os.path.expanduser("~/.llmchat_history")))
-    else:
+    history_path = Path(os.path.expanduser(HISTORY_FILE))
+    if hosts.rank:
         out = err = open(os.devnull, "w")
+    elif not access_problem(history_path):
+        history = PromptHistory(history_path, settings.keep)
     on_terminal = sys.stdin.isatty() and out.isatty()
     # mlx.launch sets COLUMNS for the processes that it starts if its own output is a terminal.
     launched_on_terminal = hosts.size > 1 and "COLUMNS" in os.environ
@@ -4753,7 +5295,7 @@ def run_with_signals(argv: Sequence[str] | None, engine: Engine) -> int:
         with signals:
             hosts = join_hosts(engine)
             settings = shared_settings(argv, hosts, engine)
-            with open_terminal(hosts) as (screen, editor):
+            with open_terminal(hosts, settings) as (screen, editor):
                 return run(settings, screen, editor, hosts, signals, engine)
     except ChatError as error:
         show_traceback_if_debugging()
