@@ -1388,6 +1388,7 @@ def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
 class Token(NamedTuple):
     """A generated token: the text that it adds, and why the reply ends with it, if it does."""
 
+    token: int
     text: str
     # `stop` or `length` as mlx-lm has them; None as long as the reply goes on.
     finish_reason: str | None
@@ -1616,7 +1617,7 @@ class PromptCache:
                 for response in responses:
                     self.tokens.append(response.token)
                     check_finite(response)
-                    yield Token(response.text, response.finish_reason)
+                    yield Token(response.token, response.text, response.finish_reason)
 
 
 # ------------------------------------------------------------------------------------ State file
@@ -1745,6 +1746,9 @@ class StateFile:
             metadata = {"model": self._fingerprint, "tokens": json.dumps(cache.tokens)}
             mlx_cache.save_prompt_cache(str(part), cache.layers, metadata)
             part.replace(self._path)
+        except RuntimeError as error:
+            # MLX's own error for a file that can't be written.
+            raise OSError(errno.EIO, error_text(error)) from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -4589,7 +4593,10 @@ def system_prompt(chat: Chat, text: str) -> None:
         chat.settings.system = text
         chat.settings.sources["system"] = "here"
     shown = chat.settings.system or "There is no system prompt."
-    chat.screen.write(f"{strip_control_characters(shown)}\n")
+    if text:
+        chat.screen.notice(f"The system prompt: {shown}" if text != "-" else shown)
+    else:
+        chat.screen.write(f"{strip_control_characters(shown)}\n")
 
 
 @command("/set", "[KEY VALUE]")
@@ -4997,6 +5004,8 @@ class Chat:
             for piece in pieces:
                 if self.signals.stop_requested:
                     break
+                if piece is WAITING_PIECE:
+                    continue
                 if piece.kind == "prefill" and piece.text:
                     activity = f"reading the prompt: {piece.text}"
                 self.screen.show(piece)

@@ -1198,7 +1198,8 @@ def test_a_turn_stopped_in_prefill_leaves_no_trace_but_its_state(chunks, talk) -
     talk.expect(HELLO)
     messages, long, before = talk.messages, "word " * 300, talk.network.tokens
     pieces = talk.reply(long)
-    assert [next(pieces).kind for _ in range(chunks)] == ["prefill"] * chunks
+    kinds = (piece.kind for piece in pieces if piece is not llmchat.WAITING_PIECE)
+    assert [next(kinds) for _ in range(chunks)] == ["prefill"] * chunks
     pieces.close()
     assert talk.messages == messages
     assert talk.statistics.finish_reason is None
@@ -1373,6 +1374,147 @@ def test_a_failing_turn_does_not_end_the_chat(talk) -> None:
     failed = "The engine failed, so what it was generating is not kept: [metal::malloc]"
     assert stderr.getvalue() == Like(f"{failed}*\nThere is no command /nope;*\ntop-k = 2000\n")
     assert stdout.getvalue().endswith("prompt -> What is my name?\nIt is Ada.\n\nprompt -> \nGoodbye!\n")
+
+
+# ----------------------------------------------------------------------------------------- Engine
+
+# A network that takes a long time for a step of a prompt, as a large model on a slow machine does.
+SLOW_NETWORK = """
+import time
+from mlx_lm.models import llama
+ModelArgs = llama.ModelArgs
+class Model(llama.Model):
+    def __call__(self, inputs, *arguments, **keywords):
+        if inputs.size > 99:
+            time.sleep({seconds})
+        return super().__call__(inputs, *arguments, **keywords)
+"""
+
+
+def slow(folder: Path, model: str, seconds: float) -> list[str]:
+    """The arguments that start a model which takes so long for a step of a prompt."""
+    code = put("slow.py", SLOW_NETWORK.format(seconds=seconds))
+    return [changed(folder, model, configured(model_file="slow.py"), code), "--trust-remote-code"]
+
+
+def test_what_runs_on_the_engine_runs_on_one_thread_in_order_and_raises_where_it_is_asked() -> None:
+    engine = llmchat.Engine()
+    threads = [engine.call(threading.get_ident) for _ in range(3)]
+    assert len({*threads}) == 1 and threads[0] != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 / 0)
+
+    def steps():
+        yield threading.get_ident()
+        raise ChatError("no more")
+
+    items = (item for item in engine.each(steps()) if item is not llmchat.WAITING)
+    assert next(items) == threads[0]
+    with pytest.raises(ChatError, match="no more"):
+        next(items)
+
+
+def test_an_item_that_takes_long_can_be_waited_for_later_and_is_not_lost() -> None:
+    engine, let_go = llmchat.Engine(), threading.Event()
+
+    def steps():
+        yield 1
+        let_go.wait(60)
+        yield 2
+
+    items = engine.each(steps())
+    seen = [next(items)]
+    while seen[-1] is not llmchat.WAITING:
+        seen.append(next(items))
+    assert items.is_computing and 2 not in seen
+    let_go.set()
+    while seen[-1] is llmchat.WAITING:
+        seen.append(next(items))
+    assert seen[-1] == 2 and not items.is_computing
+    with pytest.raises(StopIteration):
+        while next(items) is llmchat.WAITING:
+            pass
+
+
+def test_what_runs_meanwhile_is_left_at_its_next_step_and_its_bugs_are_raised() -> None:
+    engine, steps_done, closed = llmchat.Engine(), [], threading.Event()
+
+    def endless():
+        try:
+            for step in itertools.count():
+                steps_done.append(step)
+                yield
+        finally:
+            closed.set()
+
+    with engine.meanwhile(endless()):
+        wait_until(lambda: len(steps_done) > 3)
+    assert closed.wait(60)
+
+    def refused():
+        yield
+        raise ChatError("said where it is needed")
+
+    with engine.meanwhile(refused()):
+        assert engine.is_idle_within(60)
+
+    def broken():
+        yield 1 / 0
+
+    with pytest.raises(ZeroDivisionError), engine.meanwhile(broken()):
+        assert engine.is_idle_within(60)
+
+
+@pytest.mark.parametrize("key", [CTRL_C, "\x1b"], ids=["Ctrl+C", "Esc"])
+def test_a_stop_in_a_long_step_brings_the_prompt_back_at_once(key, demo, terminal, tmp_path) -> None:
+    screen = terminal(*slow(tmp_path / "slow", demo, 20))
+    screen.send("x, " * 100 + "\r")
+    screen.see("reading the prompt")
+    pressed_s = time.monotonic()
+    screen.send(key, "Stopped.*prompt -> x, x")
+    assert time.monotonic() - pressed_s < 15
+    # What is typed then waits for nothing, and leaving for two seconds at most.
+    screen.send(CTRL_U + "/stats\r", "stats = true*prompt -> ")
+    assert screen.leave(CTRL_D) == 0
+    assert time.monotonic() - pressed_s < 19
+    assert plain(screen.output).endswith("Goodbye!\n")
+
+
+LEAVING = {
+    "quit": ("quit\r", 0),
+    "Ctrl+D": (CTRL_D, 0),
+    "Ctrl+C twice": (CTRL_C, 0),
+    "SIGTERM": (signal.SIGTERM, 143),
+    "SIGHUP": (signal.SIGHUP, 129),
+}
+
+
+@pytest.mark.parametrize("way", LEAVING)
+@pytest.mark.parametrize("moment", ["loading", "prefill", "reply", "reading ahead"])
+def test_leaving_while_the_engine_works_is_quiet(moment, way, demo, terminal, home, tmp_path) -> None:
+    keys, status = LEAVING[way]
+    (home / "long.txt").write_text("x, " * 200)
+    flags = ["--file", "long.txt"] if moment == "reading ahead" else []
+    start_at = "Loading model" if moment == "loading" else "prompt -> "
+    screen = terminal(*slow(tmp_path / "slow", demo, 1), *flags, prompt=start_at)
+    if moment in ("prefill", "reply"):
+        screen.send("x, " * 100 + "\r" if moment == "prefill" else "Count.\r")
+        screen.see("reading the prompt" if moment == "prefill" else "10,")
+    if isinstance(keys, signal.Signals):
+        os.kill(screen.pid, keys)
+    else:
+        # In a reply and while it loads, Ctrl+D and what ends a chat are for the next prompt.
+        if moment != "reading ahead":
+            screen.send("\x1b" if moment != "loading" else "", "prompt -> ")
+        if way == "Ctrl+C twice":
+            screen.send(CTRL_U + CTRL_C, "prompt -> ")
+            screen.send(CTRL_C, "Press Ctrl+C again*prompt -> ")
+        elif moment == "prefill":
+            screen.send(CTRL_U)
+        screen.send(keys)
+    assert screen.leave() == status
+    assert "different thread" not in screen.output and "Traceback" not in screen.output
+    assert "terminate" not in screen.output
 
 
 # ---------------------------------------------------------------------------------------- Session
@@ -1682,7 +1824,7 @@ def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
     assert done.err.splitlines() == [
         Like("no/folder/x could not be written: No such file or directory*"),
         Like("/clear takes no text*"),
-        "system = Be brief.",
+        "The system prompt: Be brief.",
         Like("There is no command /quiet*"),
         *["Cut at 1 tokens; /continue goes on."] * 2,
     ]
