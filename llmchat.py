@@ -2417,9 +2417,9 @@ class PromptHistory:
 # ---------------------------------------------------------------------------------------- Screen
 
 
-# What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the bidirectional
-# embeddings, overrides and isolates (https://www.unicode.org/reports/tr9/). Without them no escape
-# sequence is one, so a piece can be cleaned by itself, wherever a sequence was split.
+# What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the
+# bidirectional embeddings, overrides and isolates (https://www.unicode.org/reports/tr9/). Without
+# them no escape sequence is one, so each piece can be cleaned by itself, wherever it was split.
 CONTROL_CHARACTERS = dict.fromkeys(
     [
         *range(0x09),
@@ -2448,11 +2448,11 @@ def strip_control_characters(text: str) -> str:
 
 
 def character_width(char: str) -> int:
-    """Return the number of columns that a character takes on a terminal; a tab is no such character."""
+    """Return the number of columns that a character takes on a terminal."""
     # A soft hyphen is shown, though it is a format character.
     if char == "\u00ad":
         return 1
-    # The vowels and finals of a Korean syllable that is written letter by letter join its first letter.
+    # If a Korean syllable is written letter by letter, its vowel and final join the first letter.
     if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
@@ -2495,7 +2495,7 @@ class WordWrap:
     """Breaks prose at words as it streams, in a window that has `columns()` at that moment.
 
     Code between fences, tables and words that are wider than the window are left alone: they are to
-    be copied. If `markdown_styles` is set, headings and `**bold**` are bold, and code has a colour of
+    be copied. With `markdown_styles`, headings and `**bold**` are bold, and code has a colour of
     its own; the marks stay. Otherwise the whole text has the one style `base_style`.
     """
 
@@ -2614,7 +2614,7 @@ class WordWrap:
         return PLAIN + self._style if old_style else self._style
 
 
-# A status line appears this long after its activity has begun, and is brought up to date this often.
+# A status line appears this long after its activity has begun, and is updated this often.
 STATUS_DELAY_S = 0.3
 STATUS_INTERVAL_S = 0.1
 
@@ -2745,7 +2745,7 @@ class Screen:
         self.write_codes(strip_control_characters(text))
 
     def write_codes(self, text: str) -> None:
-        """Write text of the session with terminal codes of our own: the rest of it must be clean."""
+        """Write text of the session that has terminal codes of our own, and is clean otherwise."""
         if text:
             self._end_status()
             write_all(self._stdout, text)
@@ -2756,7 +2756,7 @@ class Screen:
             write_all(self._stderr, strip_control_characters(text))
 
     def notice(self, text: str, style: str = DIM) -> None:
-        """Tell the user something that is not part of the session, dim on a terminal; errors are `RED`."""
+        """Tell the user something on standard error: dim on a terminal, or `RED` for an error."""
         text = strip_control_characters(text)
         if self._stderr.isatty():
             wrap = WordWrap(self.columns, base_style=style if self.styled else "")
@@ -2857,7 +2857,7 @@ class ReplyView:
         self.end()
 
     def show(self, piece: Piece) -> None:
-        """Show a piece of the reply. Newlines around thought and answer become one blank line between."""
+        """Show a piece of the reply; between thought and answer there is always one blank line."""
         text = strip_control_characters(piece.text)
         if piece.kind == "notice":
             self._end_section("\n")
@@ -2956,14 +2956,15 @@ LONG_RUN = re.compile(rb"(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]){%d,}" % (MAX_T
 # Several lines: "one\rtwo", but not "one\r\r".
 SEVERAL_LINES = re.compile(rb"[\r\n][^\r\n]")
 
-# The parts of what a terminal sends. Each `x` here is any character but Esc and Enter.
+# The parts of what a terminal sends.
 KEY_TOKEN = re.compile(
     rb"""
     # A marked paste, whose end may be lost.
     \x1b\[200~ (?P<paste> .*?) (?: \x1b\[201~ | \Z)
     # The sequence of a key: CSI ("ESC [ 1 ; 5 D") or SS3 ("ESC O D"), with a second Esc if Alt was
     # pressed; also of the Linux console ("ESC [ [ A") and of rxvt ("ESC [ 3 $").
-    | (?P<sequence> \x1b? \x1b (?!\[200~) (?: \[\[. | \[[\d;]*\$ | \[[0-?]*[ -/]*[@-~] | O[\d;]*[A-Za-z] )
+    | (?P<sequence> \x1b? \x1b (?!\[200~)
+                    (?: \[\[. | \[[\d;]*\$ | \[[0-?]*[ -/]*[@-~] | O[\d;]*[A-Za-z] )
     # A sequence that was never finished.
                   | \x1b (?: \[[0-?]*[ -/]* | O[\d;]* ))
     # Esc by itself: no key follows that can be pressed with Alt.
@@ -3011,8 +3012,8 @@ class Key(enum.Enum):
         self.libedit_function = libedit_function
 
 
-# Libedit gets C1 control characters for the keys, which nobody types. If a sequence that begins with
-# Esc were bound to a function, libedit would wait after each Esc for the rest of the sequence.
+# Libedit gets C1 control characters for the keys, which nobody types. If a sequence that begins
+# with Esc were bound to a function, libedit would wait after each Esc for the rest of the sequence.
 LIBEDIT_CODES = {key: 0x80 + index for index, key in enumerate(Key)}
 LIBEDIT_BYTES = {key.sequence: chr(code).encode() for key, code in LIBEDIT_CODES.items()}
 LIBEDIT_SEQUENCE = re.compile(b"|".join(map(re.escape, LIBEDIT_BYTES)))
@@ -3035,6 +3036,13 @@ KEYS_BY_NUMBER = {
     7: Key.HOME,
     8: Key.END,
 }
+
+# The first number of a character with modifiers as xterm sends it, "ESC [ 27 ; 2 ; 13 ~", which
+# xterm calls modifyOtherKeys.
+MODIFY_OTHER_KEYS = 27
+
+# The code of the keypad's Enter in CSI u.
+KEYPAD_ENTER = 57414
 
 # What the keys of the keypad send as SS3, where another program has left it so.
 KEYPAD = dict(zip(b"MXjklmnopqrstuvwxy", b"\r=*+,-./0123456789"))
@@ -3082,20 +3090,24 @@ def key_bytes(sequence: bytes) -> bytes:
         modifiers |= parse_modifiers(numbers[1])
     if last == b"u":
         return character_key(numbers[0], modifiers)
-    # The form that xterm calls modifyOtherKeys: "ESC [ 27 ; 2 ; 13 ~".
-    if last == b"~" and numbers[0] == 27 and len(numbers) > 2:
-        return character_key(numbers[2], modifiers)
+    if last == b"~" and numbers[0] == MODIFY_OTHER_KEYS:
+        return character_key(numbers[-1], modifiers)
     if last in RXVT_MODIFIERS:
         return editing_key(KEYS_BY_NUMBER.get(numbers[0]), modifiers | RXVT_MODIFIERS[last])
     if len(numbers) == 1:
         modifiers |= parse_modifiers(numbers[0])
-    if kind == b"O" and last[0] in KEYPAD:
-        return character_key(KEYPAD[last[0]], modifiers)
+    return letter_key(kind, last, modifiers)
+
+
+def letter_key(kind: bytes, letter: bytes, modifiers: Modifiers) -> bytes:
+    """Return what a queue holds for a CSI or SS3 sequence that ends in a letter."""
+    if kind == b"O" and letter[0] in KEYPAD:
+        return character_key(KEYPAD[letter[0]], modifiers)
     # Rxvt sends small letters for arrows: "ESC O d" with Ctrl, "ESC [ d" with Shift.
-    if last in (b"a", b"b", b"c", b"d"):
+    if b"a" <= letter <= b"d":
         modifiers |= Modifiers.CTRL if kind == b"O" else Modifiers.SHIFT
-        last = last.upper()
-    return editing_key(KEYS_BY_LETTER.get(last), modifiers)
+        letter = letter.upper()
+    return editing_key(KEYS_BY_LETTER.get(letter), modifiers)
 
 
 def parse_modifiers(number: int) -> Modifiers:
@@ -3122,22 +3134,24 @@ def editing_key(key: Key | None, modifiers: Modifiers) -> bytes:
 
 
 def character_key(code: int, modifiers: Modifiers) -> bytes:
-    """Return the bytes of a key that is a character: in its plain form, as terminals without CSI u send it."""
-    keypad_enter = 57414
-    if code in (ord("\r"), keypad_enter):
+    """Return the bytes of a key that is a character, as a terminal without CSI u sends it."""
+    if code in (ord("\r"), KEYPAD_ENTER):
         return ALT_ENTER if modifiers else b"\r"
-    if code == ESCAPE[0]:
-        return ESCAPE
-    if code == ord("\t"):
-        return b"" if modifiers else b"\t"
     if code in (ord("\b"), BACKSPACE[0]):
         by_words = modifiers & (Modifiers.ALT | Modifiers.CTRL)
         return ESCAPE + BACKSPACE if by_words else BACKSPACE
-    for_the_desktop = modifiers & (Modifiers.SUPER | Modifiers.HYPER | Modifiers.META)
-    if for_the_desktop or code > sys.maxunicode or not chr(code).isprintable():
+    if code in (ord("\t"), ESCAPE[0]):
+        return b"" if modifiers else bytes([code])
+    is_for_the_desktop = modifiers & (Modifiers.SUPER | Modifiers.HYPER | Modifiers.META)
+    if is_for_the_desktop or code > sys.maxunicode or not chr(code).isprintable():
         return b""
-    capital = chr(code).upper()
-    data = (capital if modifiers & Modifiers.SHIFT else chr(code)).encode()
+    return text_key(chr(code), modifiers)
+
+
+def text_key(char: str, modifiers: Modifiers) -> bytes:
+    """Return the bytes of a printable character that was typed with modifiers."""
+    capital = char.upper()
+    data = (capital if modifiers & Modifiers.SHIFT else char).encode()
     if modifiers & Modifiers.CTRL:
         if not "@" <= capital <= "_":
             return b""
@@ -3159,8 +3173,13 @@ class KeyQueue:
         self._arrived = b""
         self._items: collections.deque[bytes | str] = collections.deque()
 
-    def __bool__(self) -> bool:
+    def has_items(self) -> bool:
+        """Tell if `take` would return something."""
         return bool(self._items)
+
+    def has_keys(self) -> bool:
+        """Tell if anything but an Esc was typed, sorted or not."""
+        return bool(self._items or self._arrived.strip(ESCAPE))
 
     def add(self, data: bytes) -> None:
         """Add what the terminal sent."""
@@ -3223,7 +3242,7 @@ class KeyQueue:
         return self._arrived[: match.start()], match[0]
 
     def _take_arrived(self) -> bytes:
-        """Take the keys that have arrived whole; or else the beginning of a key that was waited for."""
+        """Take the keys that have arrived whole, or else the beginning of a key that never came."""
         finished, unfinished = self._split_arrived()
         if finished:
             self._arrived = unfinished
@@ -3232,7 +3251,7 @@ class KeyQueue:
         return unfinished
 
     def _add_items(self, data: bytes, escape: bytes = b"", left_out: bytes = b"") -> bool:
-        """Add the items of the data, with `escape` for each Esc; return whether there was an Esc."""
+        """Add the items of the data, with `escape` for an Esc; return whether there was one."""
         has_escape = False
         for match in KEY_TOKEN.finditer(data):
             if match["paste"] is not None:
@@ -3258,7 +3277,7 @@ class KeyQueue:
 
 
 def mark_long_runs(data: bytes) -> bytes:
-    """Return what was typed with the marks of a paste around each run that is too long to be typed."""
+    """Return the data with the marks of a paste around each run that is too long to be typed."""
     if PASTE_START in data:
         return data
     return LONG_RUN.sub(PASTE_START + rb"\g<0>" + PASTE_END, data)
@@ -3298,12 +3317,12 @@ class TerminalProxy:
         self._dumb = dumb
         self._to_editor = to_editor
         self.on_escape: Callable[[], None] = lambda: None
-        # The real terminal's modes before `open`, as `tcgetattr` gives them; empty while it is closed.
+        # The real terminal's modes before `open`, as `tcgetattr` gives them; empty while closed.
         self._saved_modes: list[Any] = []
         # Held while the queue, or one of the next four, is used.
         self._lock = threading.Lock()
         self._queue = KeyQueue()
-        # The rest of what the line editor is being given, and the last part that it got of this line.
+        # The rest of what the line editor is being given, and what it got last in this line.
         self._outgoing = b""
         self.last_sent = b""
         self._is_reading = False
@@ -3372,7 +3391,7 @@ class TerminalProxy:
 
     @contextlib.contextmanager
     def reading(self, keys: bytes, escape_is_key: bool, late_until_s: float) -> Iterator[None]:
-        """While the line editor reads a line, give it these keys, then the queue, then what is typed.
+        """While the line editor reads a line, give it these keys, the queue, and what is typed.
 
         An Esc is a key of its own, or else the first half of the next key. Until `late_until_s` (by
         `time.monotonic`) it was meant for the last reply, and is left out.
@@ -3399,7 +3418,8 @@ class TerminalProxy:
     def has_typed_ahead(self) -> bool:
         """Tell if there are keys that the line editor has not been given."""
         unread, _, _ = select.select([self._terminal], [], [], 0)
-        return bool(self._outgoing or self._queue or unread)
+        with self._lock:
+            return bool(unread or self._outgoing or self._queue.has_keys())
 
     def _wake(self) -> None:
         """Have the thread look again at what there is to do."""
@@ -3408,7 +3428,7 @@ class TerminalProxy:
     def _run(self) -> None:
         """Copy keys from the terminal to the line editor, until `close`."""
         while True:
-            has_keys = self._is_reading and bool(self._outgoing or self._queue)
+            has_keys = self._is_reading and bool(self._outgoing or self._queue.has_items())
             is_ready = has_keys and self._editor_is_ready()
             timeout_s = None
             if has_keys and not is_ready:
@@ -3498,7 +3518,7 @@ def use_utf8() -> None:
 
 
 def asks_for_vi_keys(libedit: bool) -> bool:
-    """Tell if the user's file for the line editor asks for the keys of vi. The editor does not tell."""
+    """Tell if the user's file for the line editor asks for vi's keys: the editor can't tell."""
     if libedit:
         file = os.environ.get("EDITRC", "~/.editrc")
         request = r"^\s*([\w.*]*:)?\s*bind\s+-v"
@@ -3600,7 +3620,7 @@ class LineEditor:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Let another program have the terminal, as it was found. Raises `ChatError` without one."""
+        """Let another program have the terminal as it was. Raises `ChatError` if there is none."""
         if not self.interactive:
             raise ChatError("There is no terminal to edit on.")
         self._proxy.close()
@@ -3631,7 +3651,7 @@ class LineEditor:
         return bool(self._dropped or self._proxy.has_typed_ahead())
 
     def add_to_history(self, prompt: Prompt, on_disk: bool = True) -> None:
-        """Add a prompt that was typed at a terminal to what Up brings back, and to the history on disk."""
+        """Add a prompt of a terminal to what Up brings back, and to the history on disk."""
         if not self._screen.interactive:
             return
         line = prompt.text if prompt.is_typed_line else typed_form(prompt.text)
@@ -3686,7 +3706,7 @@ class LineEditor:
             "tab: complete",
             # A text that is put into the line is not shown as selected.
             "set enable-active-region off",
-            # In a search, readline 8.2 crashes at a key that begins with Ctrl+X: the search ends there.
+            # In a search, readline 8.2 crashes at a key that begins with Ctrl+X: that ends it.
             r'set isearch-terminators "\C-[\C-j\C-x"',
             # Readline decides by the environment's locale how many bits a character has.
             "set convert-meta off",
@@ -3738,7 +3758,7 @@ class LineEditor:
         return text_rows > (rows or 24) - 4
 
     def _offer(self, text: str) -> str:
-        """Return a text as it is to stand in the next line, or nothing if Up is to bring it there."""
+        """Return the text to put into the next line: nothing, if Up is to bring it there."""
         # What was typed ahead is a prompt of its own.
         if not self._is_tall(text) and not self._proxy.has_typed_ahead():
             return text
@@ -3786,13 +3806,13 @@ class LineEditor:
         """Read a line, and write it after its prompt as a terminal would echo it."""
         self._screen.write(prompt)
         line = self._stdin.readline()
-        # Under mlx.launch somebody may be watching: then the launcher's terminal has echoed the line.
+        # Under mlx.launch somebody may be watching: the launcher's terminal has echoed the line.
         if not self._screen.interactive:
             self._screen.write(line.rstrip("\n") + "\n")
         return line
 
     def _read_while_output_is_piped(self, prompt: str) -> str:
-        """Read a line from a terminal whose prompts must not go where the replies go: `| tee log`."""
+        """Read a line from a terminal, with its prompt on standard error, as in `llmchat | tee`."""
         # The end of the last reply comes a little later, through the other program.
         time.sleep(BURST_S)
         self._screen.write_stderr(prompt)
