@@ -67,6 +67,7 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("llmchat", "anech
 import argparse
 import base64
 import codecs
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -107,7 +108,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, Generic, NamedTuple, TextIO, TypeVar
+from typing import Any, ClassVar, Dict, Generic, NamedTuple, TextIO, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 __version__ = "0.1.0"
@@ -3610,9 +3611,9 @@ class PromptHistory:
 # ---------------------------------------------------------------------------------------- Screen
 
 
-# What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the bidirectional
-# embeddings, overrides and isolates (https://www.unicode.org/reports/tr9/). Without them no escape sequence
-# is one, so a piece can be cleaned by itself, wherever a sequence was split.
+# What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the
+# bidirectional embeddings, overrides and isolates (https://www.unicode.org/reports/tr9/). Without
+# them no escape sequence is one, so each piece can be cleaned by itself, wherever it was split.
 CONTROL_CHARACTERS = dict.fromkeys(
     [
         *range(0x09),
@@ -3623,440 +3624,1085 @@ CONTROL_CHARACTERS = dict.fromkeys(
     ]
 )
 
+# Codes that set the style of what follows on a terminal.
+GREEN = "\x1b[32m"
+RED = "\x1b[31m"
+DIM = "\x1b[2m"
+BOLD = "\x1b[1m"
+CODE = "\x1b[36m"
+PLAIN = "\x1b[0m"
+ERASE_BELOW = "\x1b[J"
+
+TAB_COLUMNS = 8
+
 
 def strip_control_characters(text: str) -> str:
     """Return the text without anything that could drive a terminal."""
     return text.translate(CONTROL_CHARACTERS)
 
 
+def character_width(char: str) -> int:
+    """Return the number of columns that a character takes on a terminal."""
+    # A soft hyphen is shown, though it is a format character.
+    if char == "\u00ad":
+        return 1
+    # If a Korean syllable is written letter by letter, its vowel and final join the first letter.
+    if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
 def display_width(text: str) -> int:
-    """Return the number of columns that a text takes on a terminal."""
-    marks = sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
-    return len(text) - marks + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    """Return the number of columns that a text without tabs takes on a terminal."""
+    return sum(map(character_width, text))
 
 
-GREEN, RED, DIM, BOLD, CODE, PLAIN = (
-    "\x1b[32m",
-    "\x1b[31m",
-    "\x1b[2m",
-    "\x1b[1m",
-    "\x1b[36m",
-    "\x1b[0m",
-)
-ERASE_BELOW = "\x1b[J"
+def fit_columns(text: str, columns: int) -> str:
+    """Return as much of the beginning of a text as so many columns hold."""
+    width = 0
+    for index, char in enumerate(text):
+        width += character_width(char)
+        if width > columns:
+            return text[:index]
+    return text
+
+
+def column_after(column: int, text: str, columns: int = sys.maxsize) -> int:
+    """Return the column of the cursor after a text on one line, in a window of so many columns.
+
+    The cursor stays on a full row until the next character is written: the column may be `columns`.
+    """
+    for char in text:
+        if char == "\t":
+            # A tab never leaves the row.
+            next_stop = (column // TAB_COLUMNS + 1) * TAB_COLUMNS
+            column = min(next_stop, columns - 1)
+            continue
+        width = character_width(char)
+        column += width
+        if column > columns:
+            column = width
+    return column
 
 
 class WordWrap:
     """Breaks prose at words as it streams, in a window that has `columns()` at that moment.
 
-    Code between fences, tables and words that are wider than the window are left alone: they are to be copied.
-    Where it is `styled`, headings and `**bold**` are bold, and code has a colour of its own; the marks stay. Elsewhere
-    all is in one `style`.
+    Code between fences, tables and words that are wider than the window are left alone: they are to
+    be copied. With `markdown_styles`, headings and `**bold**` are bold, and code has a colour of
+    its own; the marks stay. Otherwise the whole text has the one style `base_style`.
     """
 
-    # Scripts without blanks may break before any wide character.
-    WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60\U0001f300-\U0003ffff"
+    # Scripts without spaces may break before any wide character.
+    WIDE = (
+        "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60"
+        "\U0001f300-\U0003ffff"
+    )
+    # Spaces and newlines and the word after them: " word", "\n\nword", "日", or spaces at the end.
     WORD = re.compile(rf"[ \n]*(?:[{WIDE}][^ \n{WIDE}]*|[^ \n{WIDE}]+)|[ \n]+")
-    FENCE, SPANS = re.compile(r"\s*(```[^`]*|~~~.*)"), re.compile(r"(\*\*|`+)")
+    # A line that opens or closes code: "```python" and "~~~", not "```code``` in a line".
+    FENCE = re.compile(r"\s*(```[^`]*|~~~.*)")
+    # The marks of bold text and of code within a line.
+    SPAN_MARK = re.compile(r"(\*\*|`+)")
 
-    def __init__(self, columns: Callable[[], int], styled: bool = False, style: str = "") -> None:
-        self._columns, self._styled, self._only = columns, styled, style
-        # The line so far, the column after it, and the space and the word since.
-        self._line, self._column, self.held = "", 0, ""
-        # Where the text stands: between fences, in a heading, in bold; after the backquotes that begin code.
-        self._fenced = self._heading = self._bold = False
-        self._quotes = ""
-        # The style in which the terminal is.
+    def __init__(
+        self, columns: Callable[[], int], markdown_styles: bool = False, base_style: str = ""
+    ) -> None:
+        self._columns = columns
+        self._markdown_styles = markdown_styles
+        self._base_style = base_style
+        # The text since the last space or newline, with the spaces before it: the word may go on.
+        self.pending = ""
+        # The line so far, and the column after it.
+        self._line = ""
+        self._column = 0
+        self._in_fence = False
+        self._in_heading = False
+        self._in_bold = False
+        # The backquotes that opened the code in this line that is not closed yet.
+        self._backquotes = ""
+        # The style that the terminal was switched to.
         self._style = ""
 
     def feed(self, text: str) -> str:
-        """Return what is certain of all the text so far."""
-        *words, self.held = self.WORD.findall(self.held + text) or [""]
-        shown = "".join(map(self._put, words))
-        if self._fenced and "\n" not in self.held:
-            # Code need not wait for the end of a word.
-            shown, self.held = shown + self._put(self.held), ""
+        """Return all the text so far that is certain, as it is to be shown."""
+        *words, self.pending = self.WORD.findall(self.pending + text) or [""]
+        shown = "".join(map(self._place, words))
+        # Code is shown at once: it is not wrapped, so the end of a word does not matter.
+        if self._in_fence and "\n" not in self.pending:
+            shown += self._place(self.pending)
+            self.pending = ""
         return shown
 
     def flush(self) -> str:
         """Return what was held back, at the end of the text."""
-        return self._put(self.held) + PLAIN * bool(self._style)
+        shown = self._place(self.pending)
+        self.pending = ""
+        return shown + PLAIN if self._style else shown
 
-    def _put(self, text: str) -> str:
-        """Return a word and the space before it, as they are shown."""
-        word, columns = text.lstrip(" \n"), self._columns()
-        *ended, blanks = text[: len(text) - len(word)].split("\n")
-        ends = "".join(self._end_line(rest, columns) for rest in ended)
-        self._line += blanks + word
-        begun = self._line.lstrip()
-        code = self._fenced or begun.startswith(("```", "~~~"))
-        if code or begun.startswith("|") or not word:
-            return ends + self._in_style(CODE * code) + blanks + word
-        self._heading |= bool(not self._column and re.fullmatch("#{1,6}", word))
-        taken = display_width(word)
-        if self._column and self._column + len(blanks) + taken > columns >= taken:
-            blanks, self._column = "\n", taken
-        else:
-            # A row that is full to the last column is not left before the next character.
-            self._column = (self._column + len(blanks) + taken - 1) % columns + 1
-        return ends + blanks + self._marked(word)
+    def _place(self, text: str) -> str:
+        """Return spaces, newlines and the word after them, as they are to be shown."""
+        word = text.lstrip(" \n")
+        *line_ends, spaces = text[: len(text) - len(word)].split("\n")
+        shown = "".join(map(self._end_line, line_ends))
+        self._line += spaces + word
+        line = self._line.lstrip()
+        if self._in_fence or line.startswith(("```", "~~~")):
+            return shown + self._switch_style(CODE) + spaces + word
+        if line.startswith("|") or not word:
+            return shown + self._switch_style("") + spaces + word
+        if self._column == 0 and re.fullmatch("#{1,6}", word):
+            self._in_heading = True
+        return shown + self._place_before(word, spaces) + self._styled_word(word)
 
-    def _end_line(self, blanks: str, columns: int) -> str:
-        self._fenced ^= bool(self.FENCE.fullmatch(self._line))
-        blanks *= self._column + len(blanks) <= columns
-        self._line, self._column = "", 0
-        self._heading, self._bold, self._quotes = False, False, ""
-        return blanks + self._in_style(CODE * self._fenced) + "\n"
+    def _place_before(self, word: str, spaces: str) -> str:
+        """Return the spaces before a word, or a newline if the word does not fit on this row."""
+        columns = self._columns()
+        fits_here = column_after(self._column, spaces + word) <= columns
+        # A word that is wider than the window is not moved: it would not fit there either.
+        fits_on_a_row = column_after(0, word) <= columns
+        if self._column > 0 and not fits_here and fits_on_a_row:
+            self._column = column_after(0, word)
+            return "\n"
+        self._column = column_after(self._column, spaces + word, columns)
+        return spaces
 
-    def _marked(self, word: str) -> str:
-        """Return a word with its style, in which a mark is like what it marks."""
-        marked, parts = "", self.SPANS.split(word)
-        for before, part in zip(["", *parts], parts):
-            bold, quotes = self._bold, self._quotes
-            if part.startswith("`") and quotes in ("", part):
-                self._quotes = "" if quotes else part
-            # Within a word it is a power, if it ends nothing.
-            elif part == "**" and not quotes and (bold or not before[-1:].isalnum()):
-                self._bold = not bold
-            style = BOLD * (bold or self._bold or self._heading) + CODE * bool(
-                quotes or self._quotes
-            )
-            marked += self._in_style(style) + part
-        return marked
+    def _end_line(self, spaces: str) -> str:
+        """Return the newline, and the spaces before it unless they would wrap."""
+        if self.FENCE.fullmatch(self._line):
+            self._in_fence = not self._in_fence
+        if self._column + len(spaces) > self._columns():
+            spaces = ""
+        self._line = ""
+        self._column = 0
+        self._in_heading = False
+        self._in_bold = False
+        self._backquotes = ""
+        return spaces + self._switch_style(CODE if self._in_fence else "") + "\n"
 
-    def _in_style(self, style: str) -> str:
-        """Return the codes that bring the terminal into a style."""
-        before, self._style = self._style, style if self._styled else self._only
-        return "" if self._style == before else PLAIN * bool(before) + self._style
+    def _styled_word(self, word: str) -> str:
+        """Return a word with its styles; a mark has the style of the text that it marks."""
+        shown = ""
+        before = ""
+        for part in self.SPAN_MARK.split(word):
+            was_bold = self._in_bold
+            was_code = bool(self._backquotes)
+            if part.startswith("`") and self._backquotes in ("", part):
+                self._backquotes = "" if was_code else part
+            # `**` inside a word is an operator (2**3), unless it closes bold text.
+            elif part == "**" and not was_code and (was_bold or not before[-1:].isalnum()):
+                self._in_bold = not was_bold
+            style = BOLD if was_bold or self._in_bold or self._in_heading else ""
+            if was_code or self._backquotes:
+                style += CODE
+            shown += self._switch_style(style) + part
+            before = part
+        return shown
+
+    def _switch_style(self, style: str) -> str:
+        """Return the codes that switch the terminal to a style."""
+        old_style = self._style
+        self._style = style if self._markdown_styles else self._base_style
+        if self._style == old_style:
+            return ""
+        return PLAIN + self._style if old_style else self._style
 
 
-# Before a line tells what is going on, and between two looks at it.
-STATUS_DELAY_S, STATUS_INTERVAL_S = 0.3, 0.1
+# A status line appears this long after its activity has begun, and is updated this often.
+STATUS_DELAY_S = 0.3
+STATUS_INTERVAL_S = 0.1
+
+
+class StatusLine:
+    """One line that says what is going on, and how far it is, as a context manager.
+
+    A thread asks `describe` for the text again and again. The line appears after a moment, and is
+    erased at the end. Where nothing may be redrawn (`steady`), each activity is a line that stays,
+    said once: the text up to its first colon.
+    """
+
+    def __init__(
+        self,
+        describe: Callable[[], str],
+        write: Callable[[str], None],
+        columns: Callable[[], int],
+        style: str = DIM,
+        steady: bool = False,
+    ) -> None:
+        self._describe = describe
+        self._write = write
+        self._columns = columns
+        self._style = style
+        self._steady = steady
+        # The text that stands on the screen now; on a steady one, the activity that was said last.
+        self._shown = ""
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        # Held while something is written where the line stands.
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> StatusLine:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Erase the line for good."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self.hidden():
+            pass
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Erase the line while something else is written in this block."""
+        with self._lock:
+            if not self._steady:
+                self._redraw("")
+            yield
+
+    def _run(self) -> None:
+        self._stopped.wait(STATUS_DELAY_S - STATUS_INTERVAL_S)
+        while not self._stopped.wait(STATUS_INTERVAL_S):
+            with self._lock:
+                self.update(self._describe())
+
+    def update(self, text: str) -> None:
+        """Show the text in the line."""
+        if not self._steady:
+            self._redraw(text)
+            return
+        activity = text.partition(":")[0]
+        if activity and activity != self._shown:
+            self._write(activity + "\n")
+            self._shown = activity
+
+    def _redraw(self, text: str) -> None:
+        # The line is kept within one row: a second one could not be taken back.
+        text = fit_columns(strip_control_characters(text), self._columns() - 1)
+        if text == self._shown:
+            return
+        surplus = max(0, display_width(self._shown) - display_width(text))
+        row = text + " " * surplus
+        if self._style:
+            row = self._style + row + PLAIN
+        self._write("\r" + row if text else "\r" + row + "\r")
+        self._shown = text
+
+
+def write_all(stream: TextIO, text: str) -> None:
+    """Write a text to a stream at once, also where the stream does not wait for its reader.
+
+    Python's own streams lose text if the descriptor is set not to block, as another process that
+    shares it may do at any time.
+    """
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None:
+        stream.write(text)
+        return
+    raw = getattr(buffer, "raw", buffer)
+    data = text.encode(stream.encoding, stream.errors or "strict")
+    while data:
+        written = raw.write(data)
+        if written is None:
+            select.select([], [raw], [])
+            written = 0
+        data = data[written:]
 
 
 class Screen:
-    """Shows pieces: the session goes to standard output, all else to standard error.
+    """Writes the session to standard output, and everything else to standard error.
 
-    Thoughts are shown where somebody watches. Elsewhere they are left out.
+    Whatever is written is cleaned here of characters that could drive the terminal.
     """
 
-    def __init__(self, stdout: TextIO, stderr: TextIO, interactive: bool) -> None:
-        self._stdout, self._stderr = stdout, stderr
+    def __init__(
+        self, stdout: TextIO, stderr: TextIO, interactive: bool, plain: bool = False
+    ) -> None:
+        """Make a screen; a `plain` one redraws no line, for screen readers."""
+        self._stdout = stdout
+        self._stderr = stderr
         # Somebody watches, and is to see thoughts too.
         self.interactive = interactive
         self.dumb = os.environ.get("TERM", "dumb") == "dumb"
         self.styled = not (self.dumb or os.environ.get("NO_COLOR"))
-        self.hide_thoughts = self.plain = False
-        self._wrap = WordWrap(self._columns)
-        # The kind of the last piece of a reply, and when a hidden thought began.
-        self._kind, self._since_s = "", 0.0
-        # A line tells what is going on, on a terminal, as long as it lasts.
-        self._status = ""
-        self._over, self._ticker = threading.Event(), threading.Thread()
+        self._steady = self.dumb or plain
+        self._status: StatusLine | None = None
+        # When the last reply ended, by `time.monotonic`.
+        self.reply_ended_s = float("-inf")
 
     def write(self, text: str) -> None:
-        """Put text into the session."""
-        print(text, end="", file=self._stdout, flush=True)
+        """Write text of the session; it takes the place of a status line."""
+        self.write_codes(strip_control_characters(text))
+
+    def write_codes(self, text: str) -> None:
+        """Write text of the session that has terminal codes of our own, and is clean otherwise."""
+        if text:
+            self._end_status()
+            write_all(self._stdout, text)
 
     def write_stderr(self, text: str) -> None:
-        """Put text beside the session, on standard error."""
-        print(text, end="", file=self._stderr, flush=True)
+        """Write text to standard error, as it is to stand there."""
+        with self._without_status():
+            write_all(self._stderr, strip_control_characters(text))
 
-    def notice(self, text: str, colour: str = DIM) -> None:
-        """Tell the user something that is not part of the session, dim on a terminal; what went wrong is `RED`."""
-        self.clear_status()
+    def notice(self, text: str, style: str = DIM) -> None:
+        """Tell the user something on standard error: dim on a terminal, or `RED` for an error."""
         text = strip_control_characters(text)
         if self._stderr.isatty():
-            wrap = WordWrap(self._columns, style=colour * self.styled)
+            wrap = WordWrap(self.columns, base_style=style if self.styled else "")
             text = wrap.feed(text) + wrap.flush()
-        self.write_stderr(text + "\n")
+        with self._without_status():
+            write_all(self._stderr, text + "\n")
 
-    def show_status(self, doing: Callable[[], str]) -> None:
-        """Have a line tell what is going on, until anything else is shown; `doing` is asked again and again."""
-        self.clear_status()
-        over = self._over = threading.Event()
+    @contextlib.contextmanager
+    def status(self, describe: Callable[[], str]) -> Iterator[None]:
+        """Have a line say what is going on in this block: what `describe` returns at each moment.
 
-        def tick() -> None:
-            over.wait(STATUS_DELAY_S - STATUS_INTERVAL_S)
-            while not over.wait(STATUS_INTERVAL_S):
-                self._show_status(doing())
+        A notice interrupts the line, text of the session ends it. Only a terminal has such a line.
+        """
+        if not self._stderr.isatty():
+            yield
+            return
+        self._end_status()
+        with self._new_status(describe) as status:
+            self._status = status
+            yield
+        self._status = None
 
-        if self._stderr.isatty():
-            self._ticker = threading.Thread(target=tick, daemon=True)
-            self._ticker.start()
+    @contextlib.contextmanager
+    def notice_if_slow(self, text: str, after_s: float = 1.0) -> Iterator[None]:
+        """Show a notice if this block takes longer, on a terminal or not."""
+        timer = threading.Timer(after_s, self.notice, [text])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
-    def clear_status(self) -> None:
-        """Take the line away that tells what is going on."""
-        self._over.set()
-        # A signal may have come before it was started.
-        if self._ticker.is_alive():
-            self._ticker.join()
-        if self._status:
-            self._show_status("")
-
-    def show(self, piece: Piece) -> None:
-        """Show a piece of a reply. Newlines around thought and answer are replaced by a blank line between."""
-        if piece.kind == "notice":
-            self.end_reply()
-            self.notice(piece.text)
-        elif piece.kind == "thought" and (self.hide_thoughts or not self.interactive):
-            self._hide(piece.text)
-        elif piece.kind != "prefill":
-            self.clear_status()
-            self._show_text(piece.kind, strip_control_characters(piece.text))
-
-    def end_reply(self) -> None:
-        """Finish the line of a reply, if there was one."""
-        self.clear_status()
-        self._end_section("\n")
-        self._since_s = 0.0
-
-    def _columns(self) -> int:
+    def columns(self) -> int:
+        """Return the width of the window."""
         stream = self._stdout if self._stdout.isatty() else self._stderr
         return os.get_terminal_size(stream.fileno()).columns or 80
 
-    def _show_status(self, text: str) -> None:
-        # It is kept narrow, as only one row can be taken back.
-        text = strip_control_characters(text)[: self._columns() - 1]
-        if text != self._status:
-            row = text.ljust(len(self._status))
-            self.write_stderr(
-                "\r" + (f"{DIM}{row}{PLAIN}" if self.styled else row) + "\r" * (not text)
-            )
-            self._status = text
+    def text_wrap(self, markdown_styles: bool, base_style: str) -> WordWrap:
+        """Return what breaks text of the session at words; in a pipe it breaks nothing."""
+        if not self.styled:
+            base_style = ""
+        if self._stdout.isatty():
+            return WordWrap(self.columns, markdown_styles and self.styled, base_style)
+        return WordWrap(lambda: sys.maxsize, base_style=base_style)
+
+    def _new_status(self, describe: Callable[[], str]) -> StatusLine:
+        style = DIM if self.styled else ""
+
+        def write(text: str) -> None:
+            write_all(self._stderr, text)
+
+        return StatusLine(describe, write, self.columns, style, self._steady)
+
+    def _end_status(self) -> None:
+        if self._status:
+            self._status.stop()
+            self._status = None
+
+    def _without_status(self) -> contextlib.AbstractContextManager[None]:
+        return self._status.hidden() if self._status else contextlib.nullcontext()
+
+
+class Section(enum.Enum):
+    """What the part of a reply that is being shown is."""
+
+    NONE = "nothing yet"
+    ANSWER = "answer"
+    THOUGHT = "thought"
+    HIDDEN = "a thought that is not shown"
+
+
+class ReplyView:
+    """What one reply looks like, as a context manager that ends its last line.
+
+    A thought is dim, and a blank line apart from the answer; without styles each has a label. If
+    thoughts are hidden, one line tells how long the model thought. Where nobody watches, thoughts
+    leave no trace.
+    """
+
+    LABELS: ClassVar = {Section.THOUGHT: "thinking:\n", Section.ANSWER: "answer:\n"}
+
+    def __init__(self, screen: Screen, hide_thoughts: bool = False, plain: bool = False) -> None:
+        """Make a view; a `plain` one shows Markdown without styles."""
+        self._screen = screen
+        self._hides_thoughts = hide_thoughts or not screen.interactive
+        self._markdown_styles = not plain
+        self._section = Section.NONE
+        self._wrap = WordWrap(screen.columns)
+        # When the model began to think, while its thoughts are hidden.
+        self._thinking_since_s: float | None = None
+        self._thinking_status = contextlib.ExitStack()
+
+    def __enter__(self) -> ReplyView:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def show(self, piece: Piece) -> None:
+        """Show a piece of the reply; between thought and answer there is always one blank line."""
+        text = strip_control_characters(piece.text)
+        if piece.kind == "notice":
+            self._end_section("\n")
+            self._screen.notice(text)
+        elif piece.kind == "thought" and self._hides_thoughts:
+            self._hide(text)
+        elif piece.kind in ("thought", "answer"):
+            self._show_text(Section(piece.kind), text)
+
+    def end(self) -> None:
+        """Finish the last line of the reply."""
+        self._end_section("\n")
+        self._end_thinking()
+        self._screen.reply_ended_s = time.monotonic()
 
     def _hide(self, text: str) -> None:
-        """Show that the model thinks, and in the end how long it did."""
-        if text.strip() and not self._since_s:
-            self._since_s = time.monotonic()
-            self.show_status(lambda: f"thinking: {time.monotonic() - self._since_s:.0f} s")
-            if self.interactive:
-                self._begin_section("hidden")
+        if not text.strip() or self._thinking_since_s is not None:
+            return
+        if self._screen.interactive:
+            self._begin_section(Section.HIDDEN)
+        since_s = self._thinking_since_s = time.monotonic()
+        status = self._screen.status(lambda: f"thinking: {time.monotonic() - since_s:.0f} s")
+        self._thinking_status.enter_context(status)
 
-    def _show_text(self, kind: str, text: str) -> None:
-        if kind != self._kind:
+    def _show_text(self, section: Section, text: str) -> None:
+        if section is not self._section:
             text = text.lstrip("\n")
             if not text:
                 return
-            self._begin_section(kind)
-        self.write(self._wrap.feed(text))
+            self._begin_section(section)
+        self._screen.write_codes(self._wrap.feed(text))
 
-    def _begin_section(self, kind: str) -> None:
-        labelled = self.interactive and not self.styled and "thought" in (kind, self._kind)
+    def _begin_section(self, section: Section) -> None:
+        has_thought = Section.THOUGHT in (section, self._section)
         self._end_section("\n\n")
-        self._kind, terminal = kind, self._stdout.isatty()
-        styled = terminal and self.styled and kind == "answer" and not self.plain
-        dim = DIM * (self.styled and kind != "answer")
-        self._wrap = WordWrap(self._columns if terminal else lambda: sys.maxsize, styled, dim)
-        self.write({"thought": "thinking:\n", "answer": "answer:\n"}.get(kind, "") * labelled)
+        self._section = section
+        if section is Section.ANSWER:
+            self._end_thinking()
+            self._wrap = self._screen.text_wrap(self._markdown_styles, "")
+        else:
+            self._wrap = self._screen.text_wrap(False, DIM)
+        if has_thought and self._screen.interactive and not self._screen.styled:
+            self._screen.write(self.LABELS.get(section, ""))
 
-    def _end_section(self, after: str) -> None:
-        if self._kind == "hidden":
-            self.write(self._wrap.feed(f"thought for {time.monotonic() - self._since_s:.1f} s"))
-        if self._kind:
-            self._wrap.held = self._wrap.held.rstrip("\n")
-            self.write(self._wrap.flush() + after)
-        self._kind = ""
+    def _end_section(self, line_end: str) -> None:
+        if self._section is Section.NONE:
+            return
+        if self._section is Section.HIDDEN and self._thinking_since_s is not None:
+            duration_s = time.monotonic() - self._thinking_since_s
+            self._screen.write_codes(self._wrap.feed(f"thought for {duration_s:.1f} s"))
+        self._wrap.pending = self._wrap.pending.rstrip("\n")
+        self._screen.write_codes(self._wrap.flush() + line_end)
+        self._section = Section.NONE
+
+    def _end_thinking(self) -> None:
+        self._thinking_status.close()
+        self._thinking_since_s = None
 
 
 # ----------------------------------------------------------------------------------- Line editor
 
-# The bytes of one key, or of a paste that the terminal doesn't mark, follow each other faster than this.
+# The bytes of one key, or of a paste that the terminal does not mark, follow each other faster.
 BURST_S = 0.03
 
-# An Esc that comes so soon after a reply was meant to stop it.
+# The rest of a key, or of a marked paste, that the network has cut in two comes within this time.
+SPLIT_KEY_S = 0.5
+SPLIT_PASTE_S = 1.0
+
+# An Esc is the first half of the next key (Esc b is Alt+b) if that key comes within this time.
+ESCAPE_S = 1.0
+
+# An Esc that is pressed this soon after a reply has ended was meant to stop the reply.
 LATE_ESCAPE_S = 1.0
 
-# Have the terminal put marks around pastes, or no longer; these marks; and a key of no keyboard, to redraw the line.
-PASTE_MODE_ON, PASTE_MODE_OFF = b"\x1b[?2004h", b"\x1b[?2004l"
-PASTE_START, PASTE_END, REDRAW_KEY = b"\x1b[200~", b"\x1b[201~", b"\x1b[99~"
+ESCAPE = b"\x1b"
+CTRL_D = b"\x04"
+ENTERS = (b"\r", b"\n")
+ALT_ENTER = b"\x1b\r"
+BACKSPACE = b"\x7f"
 
-# Libedit writes past its buffer in a line of about 4,500 characters: a longer run than this is pasted, not typed.
+# What a terminal that is gone is taken to send: Ctrl+U and Ctrl+D, which drop the line and leave.
+TERMINAL_GONE = b"\x15\x04"
+
+# Bracketed paste: switch it on and off in the terminal, and the marks that the terminal then puts
+# around a paste.
+PASTE_MODE_ON = b"\x1b[?2004h"
+PASTE_MODE_OFF = b"\x1b[?2004l"
+PASTE_START = b"\x1b[200~"
+PASTE_END = b"\x1b[201~"
+
+# A longer run of text than this was pasted, not typed. Libedit writes past its buffer in a line of
+# about 4,500 characters.
 MAX_TYPED_RUN = 500
+LONG_RUN = re.compile(rb"(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]){%d,}" % (MAX_TYPED_RUN + 1))
 
-# Such a run of text, without control keys; lines that come in one burst; and the next of the keys that wait: a marked
-# paste, or what is before one or ends a line, which Alt+Enter doesn't.
-LONG_TEXT = rb"(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]){%d,}" % (MAX_TYPED_RUN + 1)
-LINES = rb"(?s:.*[\r\n].*[^\r\n])"
-NEXT_KEYS = re.compile(
-    rb"\x1b\[200~((?s:.*?))(?:\x1b\[201~|\Z)|(?:\x1b[\r\n]|(?!\x1b\[200~)[^\r\n])*[\r\n]?"
+# Several lines: "one\rtwo", but not "one\r\r".
+SEVERAL_LINES = re.compile(rb"[\r\n][^\r\n]")
+
+# The parts of what a terminal sends.
+KEY_TOKEN = re.compile(
+    rb"""
+    # A marked paste, whose end may be lost.
+    \x1b\[200~ (?P<paste> .*?) (?: \x1b\[201~ | \Z)
+    # The sequence of a key: CSI ("ESC [ 1 ; 5 D") or SS3 ("ESC O D"), with a second Esc if Alt was
+    # pressed; also of the Linux console ("ESC [ [ A") and of rxvt ("ESC [ 3 $").
+    | (?P<sequence> \x1b? \x1b (?!\[200~)
+                    (?: \[\[. | \[[\d;]*\$ | \[[0-?]*[ -/]*[@-~] | O[\d;]*[A-Za-z] )
+    # A sequence that was never finished.
+                  | \x1b (?: \[[0-?]*[ -/]* | O[\d;]* ))
+    # Esc by itself: no key follows that can be pressed with Alt.
+    | (?P<escape> \x1b (?= [\x1b\x80-\xff] | \Z))
+    | (?P<alt_enter> \x1b [\r\n])
+    # Characters, and keys with Alt ("ESC b"), up to the Enter that ends the line.
+    | (?P<keys> (?: [^\x1b\r\n] | \x1b [^\x1b\[O\r\n\x80-\xff] )* [\r\n]
+              | (?: [^\x1b\r\n] | \x1b [^\x1b\[O\r\n\x80-\xff] )+)
+    """,
+    re.DOTALL | re.VERBOSE,
 )
 
-# Between two looks at an editor, which says to nobody when it begins to read and when it has ended a line.
+# The beginning of a key at the end of what has arrived.
+UNFINISHED_KEY = re.compile(rb"\x1b?\x1b(?:\[\[?|\[[0-?]*[ -/]*|O[\d;]*)?\Z")
+
+# The parts of a key's sequence: the Esc of Alt, its kind, its parameters, and its last byte.
+KEY_SEQUENCE = re.compile(rb"(\x1b?)\x1b([\[O])([\d:;]*)([@-~$])")
+
+
+class Key(enum.Enum):
+    """A key that moves or deletes, whatever its terminal sends for it.
+
+    The values: the bytes that GNU readline gets, which are those of xterm; readline's function, or
+    nothing where the user's own binding is left alone; and libedit's function.
+    """
+
+    UP = (b"\x1b[A", "", "ed-prev-history")
+    DOWN = (b"\x1b[B", "", "ed-next-history")
+    RIGHT = (b"\x1b[C", "", "ed-next-char")
+    LEFT = (b"\x1b[D", "", "ed-prev-char")
+    HOME = (b"\x1b[H", "beginning-of-line", "ed-move-to-beg")
+    END = (b"\x1b[F", "end-of-line", "ed-move-to-end")
+    PAGE_UP = (b"\x1b[5~", "", "ed-unassigned")
+    PAGE_DOWN = (b"\x1b[6~", "", "ed-unassigned")
+    DELETE = (b"\x1b[3~", "delete-char", "ed-delete-next-char")
+    WORD_RIGHT = (b"\x1b[1;5C", "forward-word", "em-next-word")
+    WORD_LEFT = (b"\x1b[1;5D", "backward-word", "ed-prev-word")
+    DELETE_WORD = (b"\x1b[3;5~", "kill-word", "em-delete-next-word")
+    # A key that no keyboard has: it makes the line editor redraw its line.
+    REDRAW = (b"\x1b[99~", "redraw-current-line", "ed-redisplay")
+
+    def __init__(self, sequence: bytes, readline_function: str, libedit_function: str) -> None:
+        self.sequence = sequence
+        self.readline_function = readline_function
+        self.libedit_function = libedit_function
+
+
+# Libedit gets C1 control characters for the keys, which nobody types. If a sequence that begins
+# with Esc were bound to a function, libedit would wait after each Esc for the rest of the sequence.
+LIBEDIT_CODES = {key: 0x80 + index for index, key in enumerate(Key)}
+LIBEDIT_BYTES = {key.sequence: chr(code).encode() for key, code in LIBEDIT_CODES.items()}
+LIBEDIT_SEQUENCE = re.compile(b"|".join(map(re.escape, LIBEDIT_BYTES)))
+
+# The keys by the last byte of their sequence, and by its first number where it ends in "~".
+KEYS_BY_LETTER = {
+    b"A": Key.UP,
+    b"B": Key.DOWN,
+    b"C": Key.RIGHT,
+    b"D": Key.LEFT,
+    b"H": Key.HOME,
+    b"F": Key.END,
+}
+KEYS_BY_NUMBER = {
+    1: Key.HOME,
+    3: Key.DELETE,
+    4: Key.END,
+    5: Key.PAGE_UP,
+    6: Key.PAGE_DOWN,
+    7: Key.HOME,
+    8: Key.END,
+}
+
+# The first number of a character with modifiers as xterm sends it, "ESC [ 27 ; 2 ; 13 ~", which
+# xterm calls modifyOtherKeys.
+MODIFY_OTHER_KEYS = 27
+
+# The code of the keypad's Enter in CSI u.
+KEYPAD_ENTER = 57414
+
+# What the keys of the keypad send as SS3, where another program has left it so.
+KEYPAD = dict(zip(b"MXjklmnopqrstuvwxy", b"\r=*+,-./0123456789"))
+
+
+class Modifiers(enum.IntFlag):
+    """The keys that were held down; a sequence has their sum, plus one, as a parameter."""
+
+    NONE = 0
+    SHIFT = 1
+    ALT = 2
+    CTRL = 4
+    SUPER = 8
+    HYPER = 16
+    META = 32
+
+
+# Rxvt ends a sequence with one of these bytes in place of "~".
+RXVT_MODIFIERS = {
+    b"~": Modifiers.NONE,
+    b"^": Modifiers.CTRL,
+    b"$": Modifiers.SHIFT,
+    b"@": Modifiers.CTRL | Modifiers.SHIFT,
+}
+
+
+def key_bytes(sequence: bytes) -> bytes:
+    """Return what a queue holds for a key's CSI or SS3 sequence.
+
+    That is the sequence of a `Key`, the bytes of a character (as "a" or "ESC a"), an Enter,
+    `ALT_ENTER`, or nothing for a key that means nothing in a line.
+    """
+    match = KEY_SEQUENCE.fullmatch(sequence)
+    if not match:
+        return b""
+    alt, kind, parameters, last = match.groups()
+    # "13:10" is a key and what Shift makes of it; "2:3" is a modifier and the kind of the event.
+    parts = [parameter.split(b":") for parameter in parameters.split(b";")]
+    numbers = [int(part[0] or 0) for part in parts]
+    is_release = len(parts) > 1 and parts[1][1:] == [b"3"]
+    if is_release:
+        return b""
+    modifiers = Modifiers.ALT if alt else Modifiers.NONE
+    if len(numbers) > 1:
+        modifiers |= parse_modifiers(numbers[1])
+    if last == b"u":
+        return character_key(numbers[0], modifiers)
+    if last == b"~" and numbers[0] == MODIFY_OTHER_KEYS:
+        return character_key(numbers[-1], modifiers)
+    if last in RXVT_MODIFIERS:
+        return editing_key(KEYS_BY_NUMBER.get(numbers[0]), modifiers | RXVT_MODIFIERS[last])
+    if len(numbers) == 1:
+        modifiers |= parse_modifiers(numbers[0])
+    return letter_key(kind, last, modifiers)
+
+
+def letter_key(kind: bytes, letter: bytes, modifiers: Modifiers) -> bytes:
+    """Return what a queue holds for a CSI or SS3 sequence that ends in a letter."""
+    if kind == b"O" and letter[0] in KEYPAD:
+        return character_key(KEYPAD[letter[0]], modifiers)
+    # Rxvt sends small letters for arrows: "ESC O d" with Ctrl, "ESC [ d" with Shift.
+    if b"a" <= letter <= b"d":
+        modifiers |= Modifiers.CTRL if kind == b"O" else Modifiers.SHIFT
+        letter = letter.upper()
+    return editing_key(KEYS_BY_LETTER.get(letter), modifiers)
+
+
+def parse_modifiers(number: int) -> Modifiers:
+    """Return the modifiers that a parameter of a sequence stands for; a lock is none."""
+    all_modifiers = 2 * Modifiers.META - 1
+    return Modifiers(max(0, number - 1) & all_modifiers)
+
+
+def editing_key(key: Key | None, modifiers: Modifiers) -> bytes:
+    """Return the sequence of what a key with modifiers means."""
+    if key is None:
+        return b""
+    by_words = {
+        Key.LEFT: Key.WORD_LEFT,
+        Key.RIGHT: Key.WORD_RIGHT,
+        Key.DELETE: Key.DELETE_WORD,
+    }
+    by_lines = {Key.LEFT: Key.HOME, Key.RIGHT: Key.END}
+    if modifiers & (Modifiers.ALT | Modifiers.CTRL):
+        key = by_words.get(key, key)
+    elif modifiers & (Modifiers.SUPER | Modifiers.META):
+        key = by_lines.get(key, key)
+    return key.sequence
+
+
+def character_key(code: int, modifiers: Modifiers) -> bytes:
+    """Return the bytes of a key that is a character, as a terminal without CSI u sends it."""
+    if code in (ord("\r"), KEYPAD_ENTER):
+        return ALT_ENTER if modifiers else b"\r"
+    if code in (ord("\b"), BACKSPACE[0]):
+        by_words = modifiers & (Modifiers.ALT | Modifiers.CTRL)
+        return ESCAPE + BACKSPACE if by_words else BACKSPACE
+    if code in (ord("\t"), ESCAPE[0]):
+        return b"" if modifiers else bytes([code])
+    is_for_the_desktop = modifiers & (Modifiers.SUPER | Modifiers.HYPER | Modifiers.META)
+    if is_for_the_desktop or code > sys.maxunicode or not chr(code).isprintable():
+        return b""
+    return text_key(chr(code), modifiers)
+
+
+def text_key(char: str, modifiers: Modifiers) -> bytes:
+    """Return the bytes of a printable character that was typed with modifiers."""
+    capital = char.upper()
+    data = (capital if modifiers & Modifiers.SHIFT else char).encode()
+    if modifiers & Modifiers.CTRL:
+        if not "@" <= capital <= "_":
+            return b""
+        data = bytes([ord(capital) & 0x1F])
+    return ESCAPE + data if modifiers & Modifiers.ALT else data
+
+
+class KeyQueue:
+    """The keys that were typed and that the line editor has not been given yet.
+
+    It only sorts bytes: it knows no terminal, no thread, no clock and no line editor. An item is
+    either bytes, which are keys up to the Enter that ends their line, or a text that was pasted; a
+    key that begins a new line in the prompt counts as a pasted newline.
+
+        bytes of the terminal --add--> what has arrived --sort--> items --take--> the line editor
+    """
+
+    def __init__(self) -> None:
+        self._arrived = b""
+        self._items: collections.deque[bytes | str] = collections.deque()
+
+    def has_items(self) -> bool:
+        """Tell if `take` would return something."""
+        return bool(self._items)
+
+    def has_keys(self) -> bool:
+        """Tell if anything but an Esc was typed, sorted or not."""
+        return bool(self._items or self._arrived.strip(ESCAPE))
+
+    def add(self, data: bytes) -> None:
+        """Add what the terminal sent."""
+        self._arrived += data
+
+    def wait_s(self, escape_s: float) -> float | None:
+        """Return how long to wait for more before what has arrived is sorted; None if nothing has.
+
+        `escape_s` is how long an Esc waits for the key that it may belong to.
+        """
+        if self._is_paste_open():
+            return SPLIT_PASTE_S
+        finished, unfinished = self._split_arrived()
+        if finished:
+            ends_a_line = len(finished) > 1 and finished.endswith(ENTERS)
+            is_long = len(finished) > MAX_TYPED_RUN
+            is_burst = ends_a_line or is_long or SEVERAL_LINES.search(finished)
+            return BURST_S if is_burst else 0.0
+        if not unfinished:
+            return None
+        return escape_s if unfinished == ESCAPE else SPLIT_KEY_S
+
+    def sort_ahead(self) -> bool:
+        """Sort what was typed while no line is read; return whether Esc was pressed.
+
+        Ctrl+D is left out: during a reply it is not meant to leave when the reply ends.
+        """
+        data = mark_long_runs(self._take_arrived())
+        return self._add_items(data, left_out=CTRL_D)
+
+    def sort_line(self, is_idle: bool, escape_is_key: bool) -> None:
+        """Sort what was typed in a line.
+
+        Several lines in one burst are a paste if the line editor `is_idle`: if earlier keys wait,
+        they are prompts that were typed ahead. Esc is left out unless it is a key of its own.
+        """
+        data = self._take_arrived()
+        text = data.rstrip(b"\r\n")
+        if is_idle and not self._items and PASTE_START not in data and SEVERAL_LINES.search(text):
+            data = PASTE_START + text + PASTE_END + data[len(text) :]
+        self._add_items(mark_long_runs(data), escape=ESCAPE if escape_is_key else b"")
+
+    def drop_escape(self) -> None:
+        """Forget an Esc that still waits for its key."""
+        if not self._arrived.strip(ESCAPE):
+            self._arrived = b""
+
+    def take(self) -> bytes | str:
+        """Take the first item: keys up to the end of a line, or a text that was pasted."""
+        return self._items.popleft()
+
+    def _is_paste_open(self) -> bool:
+        return self._arrived.rfind(PASTE_START) > self._arrived.rfind(PASTE_END)
+
+    def _split_arrived(self) -> tuple[bytes, bytes]:
+        """Return the keys that have arrived whole, and the beginning of a key after them."""
+        match = UNFINISHED_KEY.search(self._arrived)
+        if self._is_paste_open() or not match:
+            return self._arrived, b""
+        return self._arrived[: match.start()], match[0]
+
+    def _take_arrived(self) -> bytes:
+        """Take the keys that have arrived whole, or else the beginning of a key that never came."""
+        finished, unfinished = self._split_arrived()
+        if finished:
+            self._arrived = unfinished
+            return finished
+        self._arrived = b""
+        return unfinished
+
+    def _add_items(self, data: bytes, escape: bytes = b"", left_out: bytes = b"") -> bool:
+        """Add the items of the data, with `escape` for an Esc; return whether there was one."""
+        has_escape = False
+        for match in KEY_TOKEN.finditer(data):
+            if match["paste"] is not None:
+                text = match["paste"].decode(errors="replace")
+                self._items.append(re.sub("\r\n?", "\n", text))
+                continue
+            keys = key_bytes(match[0]) if match["sequence"] else match[0]
+            if keys == ESCAPE:
+                has_escape = True
+                keys = escape
+            if match["alt_enter"] or keys == ALT_ENTER:
+                self._items.append("\n")
+            else:
+                self._add_keys(keys.translate(None, left_out))
+        return has_escape
+
+    def _add_keys(self, keys: bytes) -> None:
+        last = self._items[-1] if self._items else ""
+        if isinstance(last, bytes) and not last.endswith(ENTERS):
+            self._items[-1] = last + keys
+        elif keys:
+            self._items.append(keys)
+
+
+def mark_long_runs(data: bytes) -> bytes:
+    """Return the data with the marks of a paste around each run that is too long to be typed."""
+    if PASTE_START in data:
+        return data
+    return LONG_RUN.sub(PASTE_START + rb"\g<0>" + PASTE_END, data)
+
+
+# The most bytes that the line editor is given at once.
+CHUNK_BYTES = 1024
+
+# A line editor does not tell when it begins to read: until it does, the modes of its terminal are
+# looked at this often.
 POLL_S = 0.001
 
 
 class TerminalProxy:
-    """Stands between the terminal and the line editor, so that every key passes one place.
+    """Stands between the terminal and the line editor, so that every key passes a `KeyQueue`.
 
-    The editor reads from a pseudo-terminal, which it is given in place of standard input. Until it reads, keys wait
-    here: nothing typed ahead is lost or shown, and Esc can stop a reply. From `open` to `close` the terminal
-    itself shows nothing, cuts no long line (macOS does at 1024 bytes, Linux at 4096) and drops nothing at Ctrl+C.
+    From `open` to `close` the line editor reads from a pseudo-terminal in place of standard input,
+    and a thread copies keys from the real terminal to it: only while a line is read, and never past
+    the end of that line. Until then keys wait in the queue, unseen, and an Esc stops a reply.
+    Meanwhile the real terminal does not echo, does not cut long lines (macOS does at 1024 bytes,
+    Linux at 4096) and drops nothing at Ctrl+C.
+
+    Why a pseudo-terminal: feeding it keys is the one way to put text into the line that works with
+    both line editors. Libedit, which Python has on macOS, calls neither the startup hook nor the
+    pre-input hook, writes past its buffer in long lines, and knows no bracketed paste.
     """
 
-    def __init__(self, stdin: TextIO, dumb: bool, as_keys: Callable[[str], bytes]) -> None:
-        """`as_keys` returns the keys that put a pasted text into the line; a `dumb` terminal marks no pastes."""
-        self._input, self._dumb, self._as_keys = stdin, dumb, as_keys
+    def __init__(
+        self, stdin: TextIO, dumb: bool, to_editor: Callable[[bytes | str], bytes]
+    ) -> None:
+        """Make a proxy that is not open yet.
+
+        `to_editor` returns what the line editor is to get for an item of a queue. A `dumb` terminal
+        marks no pastes.
+        """
+        self._input = stdin
+        self._dumb = dumb
+        self._to_editor = to_editor
         self.on_escape: Callable[[], None] = lambda: None
-        # The modes in which the terminal was found, as `tcgetattr` gives them, as long as it is taken over.
-        self._found: list[Any] = []
-        # Keys that the editor was not given yet, as they came; what it is being given; and an Esc without its key.
-        self._waiting, self._sending, self._escape = b"", b"", b""
-        # The editor reads; what it was given last since it does, and since when.
-        self._feeding, self.given, self._since_s = False, b"", 0.0
+        # The real terminal's modes before `open`, as `tcgetattr` gives them; empty while closed.
+        self._saved_modes: list[Any] = []
+        # Held while the queue, or one of the next four, is used.
         self._lock = threading.Lock()
+        self._queue = KeyQueue()
+        # The rest of what the line editor is being given, and what it got last in this line.
+        self._outgoing = b""
+        self.last_sent = b""
+        self._is_reading = False
+        # What an Esc in the line means: see `reading`.
+        self._escape_is_key = False
+        self._late_until_s = 0.0
+        # When what has arrived is to be sorted, by `time.monotonic`.
+        self._sort_at_s: float | None = None
+        self._line_ended = threading.Event()
 
     def open(self) -> None:
-        """Take the terminal over; `close` gives it back, also if a signal breaks this off."""
+        """Take the terminal over; `close` gives it back, also if a signal interrupts this."""
         self._stdin = self._input.fileno()
         self._terminal = os.dup(self._stdin)
-        self._editor, self._show_ending = os.openpty()
-        os.set_blocking(self._editor, False)
-        self._woken, self._wake = os.pipe()
+        self._pty_master, self._pty_slave = os.openpty()
+        os.set_blocking(self._pty_master, False)
+        self._wake_read, self._wake_write = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        # In the background of a shell this waits until the terminal is the program's.
+        # A job in the background is stopped here until its shell brings it to the foreground.
         with contextlib.suppress(termios.error):
             termios.tcdrain(self._terminal)
-        self._found = termios.tcgetattr(self._terminal)
-        termios.tcsetattr(self._show_ending, termios.TCSANOW, self._found)
-        os.dup2(self._show_ending, self._stdin)
+        self._saved_modes = termios.tcgetattr(self._terminal)
+        termios.tcsetattr(self._pty_slave, termios.TCSANOW, self._saved_modes)
+        os.dup2(self._pty_slave, self._stdin)
         self.set_modes()
         self._thread.start()
 
     def close(self) -> None:
-        """Leave the terminal as it was found, whatever was under way; keys that wait stay."""
-        found, self._found = self._found, []
-        if not found:
+        """Leave the terminal as it was found; keys in the queue stay there."""
+        saved_modes = self._saved_modes
+        self._saved_modes = []
+        if not saved_modes:
             return
-        os.close(self._wake)
+        os.close(self._wake_write)
         if self._thread.is_alive():
             self._thread.join()
         os.dup2(self._terminal, self._stdin)
+        # The terminal may be gone.
         with contextlib.suppress(termios.error, OSError):
-            termios.tcsetattr(self._terminal, termios.TCSANOW, found)
-            os.write(self._terminal, PASTE_MODE_OFF * (not self._dumb))
-        for descriptor in (self._terminal, self._editor, self._show_ending, self._woken):
+            termios.tcsetattr(self._terminal, termios.TCSANOW, saved_modes)
+            if not self._dumb:
+                os.write(self._terminal, PASTE_MODE_OFF)
+        for descriptor in (self._terminal, self._pty_master, self._pty_slave, self._wake_read):
             os.close(descriptor)
 
     def set_modes(self, signum: int = 0, frame: object = None) -> None:
-        """Set the terminal's modes; as a handler of signals also after Ctrl+Z, and when the window changes its size."""
-        modes = [*self._found]
-        if not modes:
+        """Set the terminal's modes and the pseudo-terminal's size.
+
+        This also handles SIGCONT (after Ctrl+Z) and SIGWINCH (the window has a new size).
+        """
+        if not self._saved_modes:
             return
+        modes = list(self._saved_modes)
+        # The terminal may be gone.
         with contextlib.suppress(termios.error, OSError):
             modes[0] &= ~(termios.ICRNL | termios.IXON)
-            modes[3] = modes[3] & ~(termios.ECHO | termios.ICANON | termios.IEXTEN) | termios.NOFLSH
+            modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
+            modes[3] |= termios.NOFLSH
             termios.tcsetattr(self._terminal, termios.TCSANOW, modes)
-            os.write(self._terminal, PASTE_MODE_ON * (not self._dumb))
+            if not self._dumb:
+                os.write(self._terminal, PASTE_MODE_ON)
             size = fcntl.ioctl(self._terminal, termios.TIOCGWINSZ, bytes(8))
-            fcntl.ioctl(self._editor, termios.TIOCSWINSZ, size)
-            if signum == signal.SIGCONT and self._feeding:
-                os.write(self._editor, REDRAW_KEY)
+            fcntl.ioctl(self._pty_master, termios.TIOCSWINSZ, size)
+            if signum == signal.SIGCONT and self._is_reading:
+                os.write(self._pty_master, self._to_editor(Key.REDRAW.sequence))
 
     @contextlib.contextmanager
-    def reading(self, keys: bytes) -> Iterator[None]:
-        """Hand keys on to the line editor while it reads: these, those that wait, and what is typed."""
+    def reading(self, keys: bytes, escape_is_key: bool, late_until_s: float) -> Iterator[None]:
+        """While the line editor reads a line, give it these keys, the queue, and what is typed.
+
+        An Esc is a key of its own, or else the first half of the next key. Until `late_until_s` (by
+        `time.monotonic`) it was meant for the last reply, and is left out.
+        """
         try:
             with self._lock:
-                self._sending, self._feeding, self.given, self._since_s = (
-                    keys,
-                    True,
-                    b"",
-                    time.monotonic(),
-                )
-            os.write(self._wake, b"\0")
+                self._queue.drop_escape()
+                self._outgoing = keys
+                self.last_sent = b""
+                self._escape_is_key = escape_is_key
+                self._late_until_s = late_until_s
+                self._line_ended.clear()
+                self._is_reading = True
+            self._wake()
             yield
         except KeyboardInterrupt:
-            # The rest of a paste goes with the line; what was typed after it stays.
+            # What the line editor was given goes with the line; what was typed after it stays.
             termios.tcflush(self._stdin, termios.TCIFLUSH)
             raise
         finally:
-            self._feeding = False
+            self._is_reading = False
+            self._line_ended.set()
 
     def has_typed_ahead(self) -> bool:
-        """Tell if keys wait for the editor."""
-        return bool(self._sending or self._waiting or select.select([self._terminal], [], [], 0)[0])
+        """Tell if there are keys that the line editor has not been given."""
+        unread, _, _ = select.select([self._terminal], [], [], 0)
+        with self._lock:
+            return bool(unread or self._outgoing or self._queue.has_keys())
+
+    def _wake(self) -> None:
+        """Have the thread look again at what there is to do."""
+        os.write(self._wake_write, b"\0")
 
     def _run(self) -> None:
-        """Take keys from the terminal and hand them on, until `close`."""
+        """Copy keys from the terminal to the line editor, until `close`."""
         while True:
-            due = self._feeding and (self._sending or self._waiting)
-            readable, _, _ = select.select(
-                [self._woken, self._terminal], [], [], POLL_S if due else None
+            has_keys = self._is_reading and bool(self._outgoing or self._queue.has_items())
+            is_ready = has_keys and self._editor_is_ready()
+            timeout_s = None
+            if has_keys and not is_ready:
+                timeout_s = POLL_S
+            elif self._sort_at_s is not None:
+                timeout_s = max(0.0, self._sort_at_s - time.monotonic())
+            readable, writable, _ = select.select(
+                [self._wake_read, self._terminal],
+                [self._pty_master] if is_ready else [],
+                [],
+                timeout_s,
             )
-            if self._woken in readable and not os.read(self._woken, 64):
+            if self._wake_read in readable and not os.read(self._wake_read, 64):
                 return
             if self._terminal in readable:
-                self._take()
-            if self._listens() and (self._sending or self._waiting):
-                self._hand_on()
+                self._receive()
+            elif self._sort_at_s is not None and time.monotonic() >= self._sort_at_s:
+                self._sort()
+            if writable:
+                self._send()
 
-    def _listens(self) -> bool:
-        """Tell if the editor reads: until it has set up its terminal, that would take some keys as its own."""
-        return self._feeding and not termios.tcgetattr(self._stdin)[3] & termios.ICANON
+    def _editor_is_ready(self) -> bool:
+        """Tell if the line editor has set up its terminal; before, some keys would act on that."""
+        return not termios.tcgetattr(self._pty_slave)[3] & termios.ICANON
 
-    def _take(self) -> None:
-        """Take what was typed. Lines that come in one burst are a paste; typed ahead they are prompts of their own."""
-        ahead = not self._feeding or self._sending or self._waiting
-        unmarked = LONG_TEXT if ahead else LINES + b"|" + LONG_TEXT
-        # If the terminal is gone, the line is dropped, and ended.
-        keys, self._escape = self._escape + (self._read() or b"\x15\x04"), b""
-        while self._has_more(keys) and (more := self._read()):
-            keys += more
-        # An Esc by itself stops a reply. In a line it belongs to the next key, but to no paste.
-        data = re.sub(rb"\x1b(?=\x1b\[200~)|\x1b\Z", b"", keys)
-        if data != keys and not self._feeding:
-            self.on_escape()
-        elif keys.endswith(b"\x1b") and time.monotonic() - self._since_s > LATE_ESCAPE_S:
-            self._escape = b"\x1b"
-        if PASTE_START not in data:
-            data = re.sub(unmarked, PASTE_START + rb"\g<0>" + PASTE_END, data)
-        # Ctrl+D in a reply is not meant to leave when it ends.
-        self._waiting += data if self._feeding else data.replace(b"\x04", b"")
-
-    def _read(self) -> bytes:
-        """Return what was typed; nothing if the terminal is gone."""
+    def _receive(self) -> None:
+        """Add what was typed to the queue."""
+        data = TERMINAL_GONE
         with contextlib.suppress(OSError):
-            if data := os.read(self._terminal, 1 << 16):
-                return data
-        # It stays gone: the thread that asks again and again is not to take the processor.
-        time.sleep(BURST_S)
-        return b""
+            data = os.read(self._terminal, 1 << 16) or TERMINAL_GONE
+        if data == TERMINAL_GONE:
+            # A terminal that is gone is always readable: this thread must not spin.
+            time.sleep(BURST_S)
+        with self._lock:
+            self._queue.add(data)
+            self._set_timer()
 
-    def _has_more(self, data: bytes) -> bool:
-        """Tell if more belongs to these keys: the rest of a paste, of a burst, or of a key that begins with Esc."""
-        in_paste = data.rfind(PASTE_START) > data.rfind(PASTE_END)
-        in_burst = len(data) > MAX_TYPED_RUN or re.search(rb"[\r\n].|\x1b$", data, re.DOTALL)
-        wait_s = 1.0 if in_paste else BURST_S if in_burst else 0.0
-        return bool(wait_s and select.select([self._terminal], [], [], wait_s)[0])
+    def _set_timer(self) -> None:
+        """Wait for more where it may belong to what has arrived."""
+        waits_for_key = self._is_reading and not self._escape_is_key and not self._is_late()
+        wait_s = self._queue.wait_s(ESCAPE_S if waits_for_key else BURST_S)
+        self._sort_at_s = None if wait_s is None else time.monotonic() + wait_s
 
-    def _hand_on(self) -> None:
-        """Give the editor a share of the next keys, and time to end its line: further keys are for the next one."""
-        with self._lock, contextlib.suppress(BlockingIOError):
-            self._sending = self._sending or self._next_keys()
-            self.given = self._sending[:1024]
-            self._sending = self._sending[os.write(self._editor, self.given) :]
-        if self._sending or not self.given.endswith((b"\r", b"\n")):
-            return
-        for _ in range(round(BURST_S / POLL_S)):
-            if not self._listens():
+    def _is_late(self) -> bool:
+        return time.monotonic() < self._late_until_s
+
+    def _sort(self) -> None:
+        escaped = False
+        with self._lock:
+            if self._is_reading:
+                escape_is_key = self._escape_is_key and not self._is_late()
+                self._queue.sort_line(not self._outgoing, escape_is_key)
+            else:
+                escaped = self._queue.sort_ahead()
+            self._set_timer()
+        if escaped:
+            self.on_escape()
+
+    def _send(self) -> None:
+        """Give the line editor the next part of a line."""
+        with self._lock:
+            if not self._is_reading:
                 return
-            time.sleep(POLL_S)
-        # Libedit looks at an Enter that ends a search only when another key comes.
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._editor, REDRAW_KEY)
-
-    def _next_keys(self) -> bytes:
-        """Take a paste, or the keys up to the end of a line, from those that wait."""
-        found = next(NEXT_KEYS.finditer(self._waiting))
-        self._waiting = self._waiting[found.end() :]
-        if found[1] is None:
-            return found[0]
-        return self._as_keys(re.sub("\r\n?", "\n", found[1].decode(errors="replace")))
+            if not self._outgoing:
+                self._outgoing = self._to_editor(self._queue.take())
+            self.last_sent = self._outgoing[:CHUNK_BYTES]
+            with contextlib.suppress(BlockingIOError):
+                sent = os.write(self._pty_master, self.last_sent)
+                self._outgoing = self._outgoing[sent:]
+        if self._outgoing or not self.last_sent.endswith(ENTERS):
+            return
+        # Enter ends the line, and what is in the queue is for the next one. In a search, or after
+        # Ctrl+V, it does not; and libedit ends a search only when another key comes.
+        if not self._line_ended.wait(BURST_S):
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._pty_master, self._to_editor(Key.REDRAW.sequence))
 
 
 def use_utf8() -> None:
-    """Have the line editor take any character, also where the locale is `C` or one that is not installed."""
+    """Have the line editor take any character, also if the locale is `C` or is not installed."""
     for name in ("C.UTF-8", "UTF-8"):
         if locale.nl_langinfo(locale.CODESET) in ("ANSI_X3.4-1968", "US-ASCII"):
             with contextlib.suppress(locale.Error):
@@ -4065,210 +4711,376 @@ def use_utf8() -> None:
                 os.environ["LC_ALL"] = name
 
 
+def asks_for_vi_keys(libedit: bool) -> bool:
+    """Tell if the user's file for the line editor asks for vi's keys: the editor can't tell."""
+    if libedit:
+        file = os.environ.get("EDITRC", "~/.editrc")
+        request = r"^\s*([\w.*]*:)?\s*bind\s+-v"
+    else:
+        file = os.environ.get("INPUTRC", "~/.inputrc")
+        request = r"^\s*set\s+editing-mode\s+vi\b"
+    with contextlib.suppress(OSError):
+        text = Path(file).expanduser().read_text(errors="replace")
+        return bool(re.search(request, text, re.MULTILINE))
+    return False
+
+
+# What stands for a newline in a line of libedit, which has room for one row of text.
+NEWLINE_SIGN = "␤"
+
+# Words that leave the chat, if they are a typed line.
+LEAVE_WORDS = ("quit", "bye", "exit")
+
+
+class Prompt(NamedTuple):
+    """What the user gave to be sent."""
+
+    text: str
+    # A single line whose beginning was typed: only such a line may be a command or a leave word.
+    is_typed_line: bool
+
+
+def typed_form(text: str) -> str:
+    """Return what one types to send a text as it is: with its slash doubled, or in three quotes."""
+    looks_quoted = text.startswith('"""')
+    if "\n" in text:
+        return f'"""{text}"""' if looks_quoted and text.endswith('"""') else text
+    if text.startswith("/"):
+        return "/" + text
+    if looks_quoted or text.lower() in LEAVE_WORDS:
+        return f'"""{text}"""'
+    return text
+
+
 class LineEditor:
     """Reads prompts; on a terminal with editing, history and completion from `open` to `close`.
 
-    Elsewhere it writes a line that it has read after its prompt, so that a transcript reads the same either way.
+    Elsewhere a line that was read is written after its prompt, so that a transcript reads the same.
+    A text that the line editor can't show well stands in its line as a placeholder, until the line
+    is sent: "[1: its beginning… 20000 characters]".
     """
 
     def __init__(self, stdin: TextIO, screen: Screen, history: PromptHistory | None = None) -> None:
-        self._stdin, self._screen, self._history = stdin, screen, history
+        self._stdin = stdin
         self._piped_lines = PipedLines(stdin)
+        self._screen = screen
+        self._history = history
         self.interactive = stdin.isatty() and screen.interactive
-        self._keyboard = TerminalProxy(stdin, screen.dumb, self._as_keys)
+        self._proxy = TerminalProxy(stdin, screen.dumb, self._to_editor)
         self._readline: Any = None
         self._libedit = False
-        # The marks that stand for texts in libedit's lines.
-        self._marks: dict[str, str] = {}
-        # What there is so far of the prompt that is being read.
-        self._block = ""
+        self._vi_keys = False
+        # The placeholders, by the texts that they stand for.
+        self._placeholders: dict[str, str] = {}
+        # The pasted texts, as they stand in the line that is being read.
+        self._pasted: list[str] = []
+        # What the prompt held when Ctrl+C dropped it.
+        self._dropped = ""
 
     def open(self, complete: Callable[[str], Iterable[str]], on_escape: Callable[[], None]) -> None:
         """Switch the line editor on.
 
-        `complete` returns the lines that a line's beginning may become; `on_escape` is called by another thread when
-        Esc is pressed while no prompt is read.
+        `complete` returns the lines that a line's beginning may become; `on_escape` is called by
+        another thread when Esc is pressed while no prompt is read. Raises `ChatError`.
         """
-        self._keyboard.on_escape = on_escape
-        # The editor looks at the locale when it is imported.
+        self._proxy.on_escape = on_escape
+        # Before readline is imported: the line editor looks at the locale only then.
         use_utf8()
-        # Once, before the import: the editor's own handler of SIGWINCH calls the one that it finds.
+        # Before readline is imported: its own handler of SIGWINCH calls the one that it finds.
         for number in (signal.SIGWINCH, signal.SIGCONT):
-            signal.signal(number, self._keyboard.set_modes)
-        self._keyboard.open()
-        with foreign(
-            "A chat on a terminal needs Python's readline: {}. Take another Python, or ask with -p."
+            signal.signal(number, self._proxy.set_modes)
+        self._proxy.open()
+        with explain_errors(
+            "A chat on a terminal needs Python's readline",
+            "Take another Python, or ask with -p.",
+            ImportError,
         ):
             import readline
-        self._readline, self._libedit = readline, "libedit" in (readline.__doc__ or "")
+        self._readline = readline
+        self._libedit = "libedit" in (readline.__doc__ or "")
+        self._vi_keys = asks_for_vi_keys(self._libedit)
         readline.set_auto_history(False)
         with self._warned_of_history():
             for prompt in self._history.load() if self._history else []:
-                readline.add_history(self._held(prompt))
-        self._bind_keys(complete)
+                readline.add_history(self._editor_text(prompt))
+        self._set_completer(complete)
+        if self._libedit:
+            self._bind_libedit_keys()
+        else:
+            self._bind_readline_keys()
 
     def close(self) -> None:
         """Leave the terminal as it was found, whatever was under way."""
-        self._keyboard.close()
+        self._proxy.close()
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Let another program have the terminal, as it was found. Raises `ChatError` where there is none."""
+        """Let another program have the terminal as it was. Raises `ChatError` if there is none."""
         if not self.interactive:
             raise ChatError("There is no terminal to edit on.")
-        self._keyboard.close()
+        self._proxy.close()
         try:
             yield
         finally:
-            self._keyboard.open()
+            self._proxy.open()
 
-    def _bind_keys(self, complete: Callable[[str], Iterable[str]]) -> None:
+    def read_prompt(self, text: str = "") -> Prompt:
+        """Read a prompt: a line, a paste, or what is typed between three quotes.
+
+        On a terminal `text` stands in the line for editing. Raises `EOFError` at the end of the
+        input, and `KeyboardInterrupt` on Ctrl+C, after which Up brings the text of the prompt back.
+        """
+        if text and self.interactive:
+            text = self._offer(typed_form(text))
+        self._screen.write("\n")
+        self._dropped = ""
+        lines: list[str] = []
+        try:
+            return self._read_lines(lines, text)
+        except KeyboardInterrupt:
+            self._drop(lines)
+            raise
+
+    def line_has_text(self) -> bool:
+        """Tell if there was something in the prompt when Ctrl+C dropped it."""
+        return bool(self._dropped or self._proxy.has_typed_ahead())
+
+    def add_to_history(self, prompt: Prompt, on_disk: bool = True) -> None:
+        """Add a prompt of a terminal to what Up brings back, and to the history on disk."""
+        if not self._screen.interactive:
+            return
+        line = prompt.text if prompt.is_typed_line else typed_form(prompt.text)
+        is_new = True
+        if self._history and on_disk:
+            with self._warned_of_history():
+                is_new = self._history.add(line)
+        if not is_new or not self._readline:
+            return
+        if prompt.is_typed_line and "\n" in line:
+            # A command with a block that was pasted: it is to be a command when it comes back.
+            command, space, block = line.partition(" ")
+            line = command + space + self._placeholder(block)
+        self._readline.add_history(self._editor_text(line))
+
+    def _set_completer(self, complete: Callable[[str], Iterable[str]]) -> None:
         readline = self._readline
 
-        def offer(text: str, state: int) -> str | None:
+        def complete_word(text: str, state: int) -> str | None:
             line = readline.get_line_buffer()
-            # Where the cursor is, no index tells: libedit counts other things than characters.
-            wholes = complete(line) if line.endswith(text) else []
-            offers = [whole[len(line) - len(text) :] for whole in wholes]
-            return offers[state] if state < len(offers) else None
+            # Completion works at the end of the line only: no index tells where the cursor is,
+            # because libedit counts bytes.
+            candidates = complete(line) if line.endswith(text) else []
+            endings = [candidate[len(line) - len(text) :] for candidate in candidates]
+            return endings[state] if state < len(endings) else None
 
-        readline.set_completer(offer)
+        readline.set_completer(complete_word)
         readline.set_completer_delims(" \n")
-        bindings = [
-            r'"\e[99~": redraw-current-line',
+
+    def _bind_libedit_keys(self) -> None:
+        self._readline.parse_and_bind("bind ^I rl_complete")
+        for key, code in LIBEDIT_CODES.items():
+            # The keys of emacs, or of vi's insert mode; and of its command mode.
+            for options in ("", "-a "):
+                self._readline.parse_and_bind(f"bind {options}\\\\{code:o} {key.libedit_function}")
+        # In vi's command mode Esc begins no sequence.
+        self._readline.parse_and_bind("bind -a ^[ ed-unassigned")
+
+    def _bind_readline_keys(self) -> None:
+        bindings = [r'"\e[200~": bracketed-paste-begin']
+        for key in Key:
+            if key.readline_function:
+                sequence = key.sequence.decode().replace("\x1b", r"\e")
+                bindings.append(f'"{sequence}": {key.readline_function}')
+        # A sequence that nothing is bound to types nothing.
+        bindings.append(r'"\e[": skip-csi-sequence')
+        # The keymap of emacs comes last, because it stays current; vi chooses its own at each line.
+        for keymap in ("vi-command", "vi-insert", "emacs"):
+            for line in (f"set keymap {keymap}", *bindings):
+                self._readline.parse_and_bind(line)
+        for line in (
             "tab: complete",
-            r'"\e[200~": bracketed-paste-begin',
-        ]
-        # Alt+Enter begins a new line; a text that is put into the line is not shown as selected.
-        bindings += [r'"\e\C-m": "\C-v\C-j"', "set enable-active-region off"]
-        # In a search, readline 8.2 crashes at a key that begins with Ctrl+X: the search ends there.
-        bindings += [r'set isearch-terminators "\C-[\C-j\C-x"']
-        # It decides by the environment's locale how many bits a character has.
-        bindings += ["set convert-meta off", "set input-meta on", "set output-meta on"]
-        for binding in (
-            ("bind ^[[99~ ed-redisplay", "bind ^I rl_complete") if self._libedit else bindings
+            # A text that is put into the line is not shown as selected.
+            "set enable-active-region off",
+            # In a search, readline 8.2 crashes at a key that begins with Ctrl+X: that ends it.
+            r'set isearch-terminators "\C-[\C-j\C-x"',
+            # Readline decides by the environment's locale how many bits a character has.
+            "set convert-meta off",
+            "set input-meta on",
+            "set output-meta on",
         ):
-            readline.parse_and_bind(binding)
+            self._readline.parse_and_bind(line)
 
-    def _held(self, text: str) -> str:
-        """Return a text as the editor can hold it: in libedit a mark stands for a long one until its line is read."""
-        encoding = locale.nl_langinfo(locale.CODESET)
-        # Python can't hand the editor characters that the locale doesn't have.
-        text = strip_control_characters(text).encode(encoding, "replace").decode(encoding)
-        if not self._libedit or ("\n" not in text and len(text) <= MAX_TYPED_RUN):
-            return text
-        return self._marks.setdefault(
-            text, f"[{len(self._marks) + 1}: {shorten(text, 30)} {len(text)} characters]"
-        )
+    def _to_editor(self, item: bytes | str) -> bytes:
+        """Return what the line editor is to get for keys, or for a text that was pasted."""
+        if isinstance(item, bytes):
+            if self._libedit:
+                return LIBEDIT_SEQUENCE.sub(lambda match: LIBEDIT_BYTES[match[0]], item)
+            return item
+        if item == "\n":
+            text = NEWLINE_SIGN if self._libedit else item
+        else:
+            text = self._editor_text(item, pasted=True)
+            self._pasted.append(text)
+        return self._insertion(text)
 
-    def _as_keys(self, text: str) -> bytes:
+    def _insertion(self, text: str) -> bytes:
         """Return the keys that put a text into the line."""
-        keys = self._held(text).encode(errors="replace")
+        keys = text.encode(errors="replace")
         return keys if self._libedit else PASTE_START + keys + PASTE_END
 
-    def read_line(self, prompt: str, text: str = "") -> str:
-        """Read one line; `text` stands in it for editing. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
+    def _editor_text(self, text: str, pasted: bool = False) -> str:
+        """Return a text as it can stand in a line: itself, or a placeholder."""
+        encoding = locale.nl_langinfo(locale.CODESET)
+        # Python can't hand the editor characters that the locale does not have.
+        text = strip_control_characters(text).encode(encoding, "replace").decode(encoding)
+        if self._libedit:
+            has_lines = "\n" in text and pasted
+            if has_lines or len(text) > MAX_TYPED_RUN or NEWLINE_SIGN in text:
+                return self._placeholder(text)
+            text = text.replace("\n", NEWLINE_SIGN)
+        return self._placeholder(text) if self._is_tall(text) else text
+
+    def _placeholder(self, text: str) -> str:
+        """Return the placeholder that stands for a text in the line."""
+        number = len(self._placeholders) + 1
+        placeholder = f"[{number}: {shorten(text, 30)} {len(text)} characters]"
+        return self._placeholders.setdefault(text, placeholder)
+
+    def _is_tall(self, text: str) -> bool:
+        """Tell if a text would push out of the window what was said before it."""
+        columns, rows = os.get_terminal_size(self._stdin.fileno())
+        text_rows = sum(1 + display_width(line) // (columns or 80) for line in text.splitlines())
+        return text_rows > (rows or 24) - 4
+
+    def _offer(self, text: str) -> str:
+        """Return the text to put into the next line: nothing, if Up is to bring it there."""
+        # What was typed ahead is a prompt of its own.
+        if not self._is_tall(text) and not self._proxy.has_typed_ahead():
+            return text
+        self._readline.add_history(self._editor_text(text))
+        self._screen.notice("Press Up to edit the prompt.")
+        return ""
+
+    def _read_lines(self, lines: list[str], text: str) -> Prompt:
+        """Read a prompt; its lines so far are put into `lines`."""
+        first = self._read_line("prompt -> ", text)
+        block = first.text.strip("\n")
+        if "\n" not in block:
+            block = block.strip()
+        is_quoted = block.startswith('"""')
+        is_closed = is_quoted and block[3:].endswith('"""')
+        # A paste that only starts with three quotes is no beginning: program text often does.
+        if not is_quoted or (not is_closed and not first.is_typed_line):
+            return Prompt(block, first.is_typed_line)
+        lines.append(block[3:])
+        while not is_closed:
+            try:
+                lines.append(self._read_line("... ").text)
+            except EOFError:
+                # Ctrl+D drops the block; the end of a pipe ends it.
+                if self.interactive:
+                    return Prompt("", is_typed_line=False)
+                break
+            is_closed = lines[-1].rstrip().endswith('"""')
+        block = "\n".join(lines).rstrip().removesuffix('"""')
+        return Prompt(block.strip("\n"), is_typed_line=False)
+
+    def _read_line(self, prompt: str, text: str = "") -> Prompt:
+        """Read one line. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
         if self.interactive:
-            return self._edit_line(prompt, text)
-        # What a terminal shows of a line that is typed does not reach a pipe: it is shown once more, in its place.
-        typed = self._stdin.isatty() and not self._screen.interactive
-        # Through the pipe the last reply comes a little later.
-        time.sleep(BURST_S * typed)
-        (self._screen.write_stderr if typed else self._screen.write)(prompt)
+            return self._parse_line(self._edit_line(prompt, text))
+        if self._stdin.isatty() and not self._screen.interactive:
+            line = self._read_while_output_is_piped(prompt)
+        else:
+            line = self._read_from_pipe(prompt)
+        if not line:
+            raise EOFError
+        return Prompt(line.rstrip("\n"), is_typed_line=True)
+
+    def _read_from_pipe(self, prompt: str) -> str:
+        """Read a line, and write it after its prompt as a terminal would echo it."""
+        self._screen.write(prompt)
         try:
             line = self._piped_lines.read()
         except ChatError:
             self._screen.write("\n")
             raise
-        if typed:
-            columns = os.get_terminal_size(self._stdin.fileno()).columns or 80
-            rows = 1 + (display_width(prompt + line.rstrip("\n")) - 1) // columns
-            self._screen.write_stderr(
-                f"\r\x1b[{rows}A{ERASE_BELOW}" * (bool(line) and not self._screen.dumb)
-            )
-        # Where a launcher stands between, the terminal has shown the line already.
-        self._screen.write(
-            ""
-            if self._screen.interactive
-            else prompt * typed + strip_control_characters(line.rstrip("\n")) + "\n"
-        )
+        # Under mlx.launch somebody may be watching: the launcher's terminal has echoed the line.
+        if not self._screen.interactive:
+            self._screen.write(line.rstrip("\n") + "\n")
+        return line
+
+    def _read_while_output_is_piped(self, prompt: str) -> str:
+        """Read a line from a terminal, with its prompt on standard error, as in `llmchat | tee`."""
+        # The end of the last reply comes a little later, through the other program.
+        time.sleep(BURST_S)
+        self._screen.write_stderr(prompt)
+        line = self._stdin.readline()
         if not line:
-            raise EOFError
-        return line.rstrip("\n")
+            self._screen.write_stderr("\n")
+        return line
 
     def _edit_line(self, prompt: str, text: str) -> str:
+        """Read a line with the line editor; return it as it stood there."""
+        self._pasted.clear()
         if self._screen.styled:
-            # The marks take the colour out of the editor's count of columns. Libedit loses one that nothing follows.
+            # The marks \x01 and \x02 take the colour out of the editor's count of columns. Libedit
+            # loses a colour that nothing follows.
             prompt = f"\x01{GREEN}\x02{prompt.rstrip()}\x01{PLAIN}\x02 "
+        keys = self._insertion(self._editor_text(text)) if text else b""
+        late_until_s = self._screen.reply_ended_s + LATE_ESCAPE_S
         try:
-            with self._keyboard.reading(self._as_keys(text) if text else b""):
-                line = input(prompt)
+            with self._proxy.reading(keys, self._vi_keys, late_until_s):
+                return input(prompt)
+        except EOFError:
+            self._screen.write("\n")
+            raise
         except BaseException as error:
-            # The cursor may stand in the first of several rows.
-            self._screen.write(
-                "\n" + ERASE_BELOW * (not self._screen.dumb and not isinstance(error, EOFError))
-            )
-            # Python's `input` looks at further signals while it raises what the first one did, and then raises this.
+            self._screen.write("\n")
+            if not self._screen.dumb:
+                # The cursor may stand in the first of several rows.
+                self._screen.write_codes(ERASE_BELOW)
+            # A second signal during `input` makes Python raise SystemError; its cause is the first.
             if isinstance(error, SystemError) and error.__cause__:
                 raise error.__cause__ from None
             raise
-        for meant, mark in self._marks.items():
-            line = line.replace(mark, meant)
-        return line
 
-    def read_prompt(self, text: str = "") -> str:
-        """Read a prompt: a line, a paste, or what is typed between three quotes. Raises like `read_line`."""
-        # What was typed ahead is a prompt of its own.
-        if text and self.interactive and (self._is_tall(text) or self._keyboard.has_typed_ahead()):
-            self._readline.add_history(self._held(text))
-            self._screen.notice("Press Up to edit the prompt.")
-            text = ""
-        self._screen.write("\n")
-        self._block = ""
-        self._block = self.read_line("prompt -> ", text)
-        block = self._block.strip("\n")
-        block = block if "\n" in block else block.strip()
-        # A paste that only starts with three quotes is no beginning: program text often does.
-        if not block.startswith('"""') or ("\n" in block and self._is_open()):
-            return block
-        try:
-            while self._is_open():
-                self._block += "\n" + self.read_line("... ")
-        except EOFError:
-            # Ctrl+D drops the block; the end of a pipe ends it.
-            if self.interactive:
-                return ""
-        return self._block.strip()[3:].removesuffix('"""').strip("\n")
-
-    def _is_tall(self, text: str) -> bool:
-        """Tell if a text would push out of the window what was said before it."""
-        columns, rows = os.get_terminal_size(self._stdin.fileno())
-        return (
-            sum(1 + display_width(line) // (columns or 80) for line in text.splitlines())
-            > (rows or 24) - 4
+    def _parse_line(self, line: str) -> Prompt:
+        """Return what a line of the editor stands for."""
+        pasted = [*self._pasted, *self._placeholders.values()]
+        begins_pasted = any(
+            line.lstrip().startswith(text.lstrip()) for text in pasted if text.strip()
         )
+        typed = line
+        for text in self._pasted:
+            typed = typed.replace(text, "", 1)
+        has_typed_newline = "\n" in typed or (self._libedit and NEWLINE_SIGN in typed)
+        is_typed_line = not begins_pasted and not has_typed_newline
+        return Prompt(self._without_placeholders(line), is_typed_line)
 
-    def _is_open(self) -> bool:
-        return not self._block.strip()[3:].endswith('"""')
+    def _without_placeholders(self, line: str) -> str:
+        """Return the text that a line of the editor stands for."""
+        if self._libedit:
+            line = line.replace(NEWLINE_SIGN, "\n")
+        if not self._placeholders:
+            return line
+        texts = {placeholder: text for text, placeholder in self._placeholders.items()}
+        any_placeholder = "|".join(map(re.escape, texts))
+        return re.sub(any_placeholder, lambda match: texts[match[0]], line)
 
-    def line_has_text(self) -> bool:
-        """Tell if there was something in the prompt when Ctrl+C came."""
-        given = self._keyboard.given
-        # It may be a whole line that nobody has got yet. Libedit empties its buffer only when it is given a key.
-        typed = given.endswith((b"\r", b"\n")) or (given and self._readline.get_line_buffer())
-        return bool(self._block or typed or self._keyboard.has_typed_ahead())
-
-    def add_to_history(self, prompt: str, on_disk: bool = True) -> None:
-        """Add a prompt that somebody typed to the line editor's history, and to that on disk."""
-        new = self._screen.interactive
-        if on_disk:
-            with self._warned_of_history():
-                new = new and (self._history is None or self._history.add(prompt))
-        if new and self._readline:
-            self._readline.add_history(self._held(prompt))
+    def _drop(self, lines: list[str]) -> None:
+        """Have Up bring back the lines of a prompt that Ctrl+C dropped."""
+        # Before the first key libedit's buffer still holds the line before.
+        if self._readline and self._proxy.last_sent:
+            line = self._parse_line(self._readline.get_line_buffer())
+            lines = [*lines, line.text if line.is_typed_line else typed_form(line.text)]
+        self._dropped = "\n".join(lines).strip("\n")
+        if self._readline and self._dropped:
+            self._readline.add_history(self._editor_text(self._dropped))
 
     @contextlib.contextmanager
     def _warned_of_history(self) -> Iterator[None]:
+        """Warn that the history on disk can't be used, and use it no more."""
         try:
             yield
         except OSError as error:
@@ -4526,7 +5338,7 @@ def put_in_clipboard(text: str, screen: Screen) -> str:
                 return f"{len(text)} characters are copied."
     if not screen.interactive:
         raise ChatError("There is no clipboard here.")
-    screen.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
+    screen.write_codes(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
     return f"{len(text)} characters went to the terminal, to be copied."
 
 
@@ -4724,9 +5536,10 @@ LEAVE_WORDS = ("quit", "bye", "exit")
 MAX_SHOWN_LINES = 10
 KEYS_HELP = (
     (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
-    ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line"),
+    ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line, Up brings it back"),
     ("Up, Ctrl+R, Tab", "earlier prompts; find one; complete commands and file names"),
-    ('Alt+Enter, """', "a new line; begin and end a prompt of several lines"),
+    ("Alt+Enter, Shift+Enter", "a new line, as Esc and then Enter"),
+    ('"""', "begin and end a prompt of several lines"),
     ("//", "begin a prompt with a slash"),
 )
 # The first prompt waits this long for what the user should know about the model.
@@ -4866,19 +5679,16 @@ class Chat:
                 is_leaving = True
                 continue
             is_leaving = False
-            if prompt.lower().removeprefix("/") in LEAVE_WORDS:
+            if prompt.is_typed_line and prompt.text.lower().removeprefix("/") in LEAVE_WORDS:
                 break
             # Show what comes of it, and write it down.
-            if prompt:
+            if prompt.text:
                 self._handle(prompt)
         self.screen.write("Goodbye!\n")
 
-    def _read_prompt(self) -> str:
+    def _read_prompt(self) -> Prompt:
         draft = self.draft
         self.draft = ""
-        # A prompt that starts with a slash is typed with two.
-        if draft.startswith("/"):
-            draft = f"/{draft}"
         self.signals.exit_if_signalled()
         self.signals.stop_requested = False
         with self._read_ahead(), self.signals.cancellable():
@@ -4897,13 +5707,19 @@ class Chat:
         for note in self.conversation.take_notes():
             self.screen.notice(note)
 
-    def _handle(self, prompt: str) -> None:
+    def _handle(self, prompt: Prompt) -> None:
         """Run a command, or send a prompt, and save the conversation. Never ends the chat."""
+        is_command = prompt.is_typed_line and COMMAND_LINE.fullmatch(prompt.text) is not None
         # What a command says, such as a system prompt, is on no disk.
-        is_command = prompt.startswith("/") and not prompt.startswith("//")
         self.editor.add_to_history(prompt, on_disk=not is_command)
         try:
-            self._dispatch(prompt)
+            if is_command:
+                found, text = find_command(prompt.text)
+                found.run(self, text)
+            elif prompt.is_typed_line and prompt.text.startswith("//"):
+                self.send(prompt.text[1:])
+            else:
+                self.send(prompt.text)
         except ChatError as error:
             self.signals.exit_if_signalled()
             # The other hosts do not know of an error of this one.
@@ -4913,34 +5729,21 @@ class Chat:
             self._show_error(error)
         except KeyboardInterrupt:
             self.signals.exit_if_signalled()
-            self.screen.end_reply()
             self.screen.notice("Stopped.")
         self.autosave.save(self.conversation.messages)
 
-    def _dispatch(self, prompt: str) -> None:
-        # A pasted block is never a command, but a system prompt may have several lines.
-        is_command = COMMAND_LINE.fullmatch(prompt) and (
-            "\n" not in prompt or prompt.lower().startswith("/system")
-        )
-        if not is_command:
-            self.send(prompt[1:] if prompt.startswith("//") else prompt)
-            return
-        found, text = find_command(prompt)
-        found.run(self, text)
-
     def _show_error(self, error: ChatError) -> None:
-        self.screen.end_reply()
         self.screen.notice(str(error), RED)
         self.has_failed = True
 
     def add_files(self, text: str) -> None:
         """Put the files that a line names before the next prompt. Raises `ChatError`."""
-        self.screen.show_status(lambda: "reading files")
         with explain_errors(f"/file {shorten(text)}", "", ValueError):
             # The whole line may be one name, with spaces in it.
             one_name = os.path.exists(os.path.expanduser(text))
             names = [text] if one_name else shlex.split(text)
-        self.files = {**self.files, **read_texts(names)}
+        with self.screen.status(lambda: "reading files"):
+            self.files = {**self.files, **read_texts(names)}
 
     def send(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
@@ -4981,9 +5784,9 @@ class Chat:
         session = self.autosave.session
         if not (self.settings.keep_state and session):
             return
-        self.screen.show_status(lambda: "saving the state")
         try:
-            self.conversation.save_state(session.state_path)
+            with self.screen.status(lambda: "saving the state"):
+                self.conversation.save_state(session.state_path)
         except (OSError, ChatError) as error:
             # Only time is lost, and this must not hide why the chat ends.
             with contextlib.suppress(OSError):
@@ -4991,16 +5794,14 @@ class Chat:
 
     def show_reply(self, pieces: Generator[Piece, None, None]) -> None:
         """Show the pieces of a reply as they come, until it ends or a stop is requested."""
-        self.screen.hide_thoughts = self.settings.hide_thoughts
-        self.screen.plain = self.settings.plain
         activity = "reading the prompt"
 
         def status() -> str:
             return "stopping..." if self.signals.stop_requested else activity
 
-        self.screen.show_status(status)
+        view = ReplyView(self.screen, self.settings.hide_thoughts, self.settings.plain)
         # To close the generator is to stop the reply. It yields often, also while the engine works.
-        with contextlib.closing(pieces):
+        with self.screen.status(status), view, contextlib.closing(pieces):
             for piece in pieces:
                 if self.signals.stop_requested:
                     break
@@ -5008,10 +5809,7 @@ class Chat:
                     continue
                 if piece.kind == "prefill" and piece.text:
                     activity = f"reading the prompt: {piece.text}"
-                self.screen.show(piece)
-                if piece.kind == "notice":
-                    self.screen.show_status(status)
-        self.screen.end_reply()
+                view.show(piece)
         self._show_ending(self.conversation.statistics)
 
     def _show_ending(self, statistics: Statistics) -> None:
@@ -5113,15 +5911,14 @@ def load(settings: Settings, screen: Screen, hosts: Hosts, engine: Engine) -> Mo
     if asked != settings.model and screen.interactive:
         screen.notice(f"{asked} is {settings.model} here.")
     loader = Loader(settings, hosts)
-    screen.show_status(loader.progress)
-    try:
-        model = engine.call(loader.load)
-    except KeyboardInterrupt as error:
-        if loader.is_downloading:
-            stopped = f"The download of {settings.model} was stopped. {RETRY_HINT}"
-            raise ChatError(stopped, 130) from error
-        raise
-    screen.clear_status()
+    with screen.status(loader.progress):
+        try:
+            model = engine.call(loader.load)
+        except KeyboardInterrupt as error:
+            if loader.is_downloading:
+                stopped = f"The download of {settings.model} was stopped. {RETRY_HINT}"
+                raise ChatError(stopped, 130) from error
+            raise
     if settings.prompt is None:
         screen.write("Model loaded successfully!\n")
     return model
@@ -5264,13 +6061,12 @@ def open_terminal(hosts: Hosts, settings: Settings) -> Iterator[tuple[Screen, Li
     on_terminal = sys.stdin.isatty() and out.isatty()
     # mlx.launch sets COLUMNS for the processes that it starts if its own output is a terminal.
     launched_on_terminal = hosts.size > 1 and "COLUMNS" in os.environ
-    screen = Screen(out, err, on_terminal or launched_on_terminal)
+    screen = Screen(out, err, on_terminal or launched_on_terminal, settings.plain)
     editor = LineEditor(sys.stdin, screen, history)
     try:
         yield screen, editor
     finally:
-        with contextlib.closing(editor), contextlib.suppress(OSError):
-            screen.end_reply()
+        editor.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

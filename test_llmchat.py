@@ -823,9 +823,9 @@ def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split() -> None:
     for place in range(len(text) + 1):
         stdout, stderr = io.StringIO(), io.StringIO()
         screen = llmchat.Screen(stdout, stderr, False)
-        for part in (text[:place], text[place:]):
-            screen.show(Piece("answer", part))
-        screen.end_reply()
+        with llmchat.ReplyView(screen) as view:
+            for part in (text[:place], text[place:]):
+                view.show(Piece("answer", part))
         screen.notice(text, llmchat.RED)
         screen.notice(text)
         shown.add(stdout.getvalue())
@@ -2525,7 +2525,9 @@ def test_a_history_that_can_not_be_used_is_a_warning(case, demo, terminal, home)
     assert said.count("can't be used to keep conversations: File exists. Mend that, or start with --no-keep.") == 1
 
 
-def test_thoughts_and_answers_are_a_blank_line_apart() -> None:
+def test_thoughts_and_answers_are_a_blank_line_apart(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     well, hidden = ["thought:\n", "thought:Well", "thought:.\n"], "thought for 0.* s"
     for thoughts, pieces, shown in (
         ("show", [*well, "answer:\n\n", "answer:Yes.\n", "answer:\nNo.\n"], "Well.\n\nYes.\n\nNo.\n"),
@@ -2539,10 +2541,9 @@ def test_thoughts_and_answers_are_a_blank_line_apart() -> None:
         ("hide", ["thought:\n\n", "answer:\nYes."], "Yes.\n"),
     ):
         screen = llmchat.Screen(output := io.StringIO(), output, True)
-        screen.styled, screen.hide_thoughts = True, thoughts == "hide"
-        for piece in pieces:
-            screen.show(Piece(*piece.split(":")))
-        screen.end_reply()
+        with llmchat.ReplyView(screen, hide_thoughts=thoughts == "hide") as view:
+            for piece in pieces:
+                view.show(Piece(*piece.split(":")))
         assert plain(output.getvalue()) == Like(shown)
 
 
@@ -2582,7 +2583,7 @@ def test_markdown_wraps_and_is_coloured_as_it_streams_and_what_is_to_be_copied_s
     wrapped = re.sub(r"[¶↵]", "\n", MARKDOWN)
     codes = {llmchat.BOLD: "<", llmchat.CODE: "[", llmchat.PLAIN: ""}
     for styled, place in itertools.product((True, False), range(len(text))):
-        wrap = llmchat.WordWrap(lambda: 20, styled=styled)
+        wrap = llmchat.WordWrap(lambda: 20, markdown_styles=styled)
         shown = wrap.feed(text[:place]) + wrap.feed(text[place:]) + wrap.flush()
         for code, mark in codes.items():
             shown = shown.replace(code, mark)
@@ -2811,12 +2812,13 @@ def test_foreign_nonsense_is_one_short_sentence(demo, chat, tmp_path) -> None:
     assert f"can't be loaded with {tmp_path}" in chat(demo, "--adapter", str(tmp_path)).complaint
 
 
-def test_prompts_of_a_terminal_are_in_a_log(demo, terminal, home) -> None:
+def test_a_log_holds_the_replies_and_no_prompts(demo, terminal, home) -> None:
     screen = terminal(program=["/bin/sh", "-c", f"{shlex.join([*PROGRAM, demo])} | tee log"])
     screen.send("Say hello.\n", SAID_HELLO)
     screen.send("quit\n")
     screen.leave()
-    assert (home / "log").read_text() == START.format(model=demo) + transcript(SAID[0]) + "\nprompt -> quit\nGoodbye!\n"
+    log = (home / "log").read_text()
+    assert log == START.format(model=demo) + f"\n{SAID_HELLO}\n\nGoodbye!\n"
 
 
 # --------------------------------------------------------------------------------------- Loading
