@@ -2412,10 +2412,10 @@ def replace_file(
     return file
 
 
-def has_name(file: io.FileIO, path: str | Path) -> bool:
+def has_name(file: io.FileIO, path: Path) -> bool:
     """Tell if an open file still is the one at this path, and was not replaced."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
@@ -2666,14 +2666,16 @@ class SavedChats:
         if not self.folder.exists():
             return []
         chats = []
-        for entry in os.scandir(self.folder):
-            match = self.NAME.fullmatch(entry.name)
-            if not match or not entry.is_file(follow_symlinks=False):
-                continue
-            # Another chat may just have removed it.
-            with contextlib.suppress(FileNotFoundError):
-                info = entry.stat()
-                chats.append(SavedChat(Path(entry.path), match[2], info.st_mtime, info.st_size))
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                match = self.NAME.fullmatch(entry.name)
+                if not match or not entry.is_file(follow_symlinks=False):
+                    continue
+                # Another chat may just have removed it.
+                with contextlib.suppress(FileNotFoundError):
+                    info = entry.stat()
+                    chat = SavedChat(Path(entry.path), match[2], info.st_mtime, info.st_size)
+                    chats.append(chat)
         return sorted(chats, key=lambda chat: chat.modified_s, reverse=True)
 
     def _chats(self) -> list[SavedChat]:
@@ -2820,8 +2822,8 @@ class PromptHistory:
     MAX_ENTRIES = 1000
     MAX_BYTES = 1 << 20
 
-    def __init__(self, path: Path, keep: bool = True) -> None:
-        self._path = path
+    def __init__(self, path: str | Path, keep: bool = True) -> None:
+        self._path = Path(path)
         self._keep = keep
         self._last = ""
 

@@ -1601,7 +1601,7 @@ def test_a_last_chat_that_is_open_elsewhere_is_not_passed_over(tmp_path) -> None
         save_chat(tmp_path, text)
     chats = SavedChats(tmp_path)
     with contextlib.closing(chats.open_latest(None, print).session):
-        with pytest.raises(ChatError, match="open in another llmchat: .*-c NUMBER"):
+        with pytest.raises(ChatError, match=r"open in another llmchat: .*-c NUMBER"):
             chats.open_latest(None, print)
         with pytest.raises(ChatError, match="in use by another chat"):
             chats.open_numbered(1)
@@ -1620,7 +1620,8 @@ def test_a_chat_belongs_to_its_last_model(tmp_path) -> None:
     session.save([*GREETING, *FAREWELL])
     session.close()
     assert chats.rows()[0][2:] == ["own/b", "2 turns", "Hello"]
-    assert chats.open_latest("own/b", print).session.messages == [*GREETING, *FAREWELL]
+    with contextlib.closing(chats.open_latest("own/b", print).session) as session:
+        assert session.messages == [*GREETING, *FAREWELL]
     with pytest.raises(ChatError, match="no conversation with own/a"):
         chats.open_latest("own/a", print)
     # A session that the user has named keeps its name.
@@ -2347,7 +2348,7 @@ def test_earlier_prompts_are_recalled_searched_and_completed(demo, terminal, hom
         assert sent(screen, home, keys) == prompt
     screen.send("/se\ttemp\t0\r", "/set temperature 0\ntemperature = 0.0\n*prompt -> ")
     screen.send("/save my no\t\r", "my notes.jsonl is there already*prompt -> ")
-    screen.send(UP * 2 + "\r", "/set temperature 0\ntemperature = 0.0\n*prompt -> ")
+    screen.send(UP * 2 + "\r", "\ntemperature = 0.0\n*prompt -> ")
     assert screen.leave(CTRL_D) == 0
     screen = terminal(demo, "--max-tokens", "1")
     # Commands are not recalled on another day.
