@@ -2313,6 +2313,8 @@ def one_shot_prompt(
     If TEXT is `-`, standard input is the whole prompt. Raises `ChatError` if there is no text, or
     more than any model can take. `notice` is given a sentence if standard input does not end soon.
     """
+    if re.search("[\ud800-\udfff]", text):
+        raise ChatError("The text after -p is not encoded in UTF-8: convert it.")
     if launched and text == "-":
         raise ChatError(
             "mlx.launch never tells where standard input ends: give --prompt the text itself."
@@ -2454,13 +2456,16 @@ def user_name(uid: int) -> str:
         return f"user {uid}"
 
 
-def unsaved_warning(paths: Iterable[Path]) -> str:
-    """Return one warning about all of the paths that the user can't write to, or nothing."""
-    problems = dict.fromkeys(filter(None, map(access_problem, paths)))
-    if not problems:
+def unsaved_warning(places: dict[str, Path]) -> str:
+    """Return one warning about all that can't be saved in its place, or nothing."""
+    problems = {what: access_problem(path) for what, path in places.items()}
+    unsaved = [what for what, problem in problems.items() if problem]
+    if not unsaved:
         return ""
-    reasons = "; ".join(problems)
-    return f"Chats or prompts are not saved: {reasons}. Mend that, or start with --no-keep."
+    # The same home may be the reason for all.
+    reasons = "; ".join(dict.fromkeys(problems[what] for what in unsaved))
+    subject = " and ".join(unsaved).capitalize()
+    return f"{subject} are not saved: {reasons}. Mend that, or start with --no-keep."
 
 
 @contextlib.contextmanager
@@ -4168,6 +4173,8 @@ def open_session(
     if settings.session is not None:
         session = SessionFile(Path(os.path.expanduser(settings.session)))
     elif settings.resume:
+        if not settings.keep and settings.sources["keep"] == "flag":
+            raise ChatError("-c writes to the saved chat, and --no-keep to none: leave out one.", 2)
         named = str(settings.model) if settings.sources.get("model") == "flag" else ""
         if named.isdecimal():
             session, settings.model = kept.open_numbered(int(named))
@@ -4245,17 +4252,18 @@ def run(
     files = {path: text for path, text in read_texts(settings.file).items() if text not in held}
     model = load(settings, screen, hosts, signals)
     conversation = Conversation(model, settings, messages)
-    conversation.state = session.state_path if session and settings.keep_state else None
+    if session and settings.keep_state and is_private(session.state_path):
+        conversation.state = session.state_path
     # A chat that is piped in is only saved if that was asked for.
     typed = sys.stdin.isatty() or screen.interactive
     asked = settings.session is not None or "keep" in settings.sources
     keeps = settings.resume or (settings.keep and (typed or asked))
     keeps = keeps and prompt is None and hosts.rank == 0
-    places = []
+    places = {}
     if keeps and settings.session is None:
-        places.append(kept.folder)
+        places["chats"] = kept.folder
     if talks and settings.keep:
-        places.append(Path(os.path.expanduser(HISTORY_FILE)))
+        places["prompts"] = Path(os.path.expanduser(HISTORY_FILE))
     if warning := unsaved_warning(places):
         screen.notice(warning)
     keeps = keeps and not access_problem(kept.folder)

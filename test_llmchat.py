@@ -35,6 +35,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import textwrap
 import threading
@@ -1630,6 +1631,80 @@ def test_a_chat_belongs_to_its_last_model(tmp_path) -> None:
     assert (tmp_path / "talk").exists()
 
 
+def run_as_another_user(function) -> str:
+    """Call a function as a user whom nothing here belongs to, if root runs the tests; return its text."""
+    output, end = os.pipe()
+    if (pid := os.fork()) == 0:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        os.write(end, function().encode())
+        os._exit(0)
+    os.close(end)
+    with open(output, encoding="utf-8") as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+def test_what_can_not_be_saved_in_a_home_is_one_warning() -> None:
+    def warning(*names: str) -> str:
+        with tempfile.TemporaryDirectory() as home:
+            Path(home, "folder").symlink_to("/")
+            Path(home, "file").symlink_to("/etc/passwd")
+            Path(home).chmod(0o500)
+            places = {f"these {name}s": Path(home, name) for name in names}
+            text = llmchat.unsaved_warning(places).replace(home, "HOME")
+            Path(home).chmod(0o700)
+            return text
+
+    advice = "Mend that, or start with --no-keep."
+    said = run_as_another_user(lambda: warning("chat", "prompt"))
+    assert said == f"These chats and these prompts are not saved: HOME can't be written to. {advice}"
+    said = run_as_another_user(lambda: warning("folder", "file"))
+    assert said == Like(
+        "These folders and these files are not saved: HOME/folder belongs to root, and this is *; "
+        f"HOME/file belongs to root, and this is *. {advice}"
+    )
+    with tempfile.TemporaryDirectory() as home:
+        assert llmchat.unsaved_warning({"chats": Path(home, "new"), "prompts": Path(home)}) == ""
+        nowhere = {"chats": Path(home, "no", "where")}
+        assert llmchat.unsaved_warning(nowhere).startswith("Chats are not saved: there is no folder")
+
+
+def test_a_folder_of_another_user_is_a_warning_and_no_failure(demo, chat, home) -> None:
+    folder = home / ".llmchat"
+    if os.getuid() == 0:
+        folder.mkdir()
+        os.chown(folder, 65534, 65534)
+    else:
+        folder.symlink_to("/")
+    done = chat(demo, "--keep", stdin="Say hello.\nMy name is Ada.\n")
+    assert done.err == Like(f"Chats are not saved: {folder} belongs to *, and this is *. *\n")
+    assert done.err.count("\n") == 1
+    assert done.code == 0
+    assert os.getuid() or not list(folder.iterdir())
+
+
+def test_a_state_is_used_only_where_nobody_else_can_write_it(tmp_path) -> None:
+    state = tmp_path / "state"
+    assert not llmchat.is_private(state)
+    state.touch(0o600)
+    tmp_path.chmod(0o700)
+    assert llmchat.is_private(state)
+    for path in (state, tmp_path):
+        mode = path.stat().st_mode
+        for bit in (0o020, 0o002):
+            path.chmod(mode | bit)
+            assert not llmchat.is_private(state)
+        path.chmod(mode)
+    assert llmchat.is_private(state)
+    assert not llmchat.is_private(Path("/etc/passwd")) or os.getuid() == 0
+    (tmp_path / "link").symlink_to(state)
+    os.mkfifo(tmp_path / "pipe")
+    assert not llmchat.is_private(tmp_path / "link")
+    assert not llmchat.is_private(tmp_path / "pipe")
+
+
 def test_a_folder_of_chats_is_for_the_user_alone(tmp_path) -> None:
     folder = tmp_path / "chats"
     folder.mkdir()
@@ -1683,6 +1758,45 @@ def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
     # A script learns that not all of it was done.
     assert done.code == 1
     assert [message["role"] for message in reread(home / "session")] == ["system", "user", "assistant"]
+
+
+def test_a_piped_chat_refuses_what_is_no_text_and_goes_on(demo, start) -> None:
+    process = start(demo)
+    out, err = process.communicate(b"\xef\xbb\xbfSay hello.\nsch\xf6n\n\xef\xbb\xbfQuit\nSay hello.\n")
+    refused = "Standard input is no text: line 2 is neither UTF-8 nor marked as UTF-16. The line is not sent.\n"
+    assert err.decode() == refused
+    lines = f"\nprompt -> Say hello.\n{SAID_HELLO}\n\nprompt -> \n\nprompt -> Quit\nGoodbye!\n"
+    assert out.decode().endswith(lines)
+    assert process.returncode == 1
+
+
+def test_a_one_shot_says_that_it_waits_for_standard_input(demo, start) -> None:
+    process = start(demo, "-p", "Say hello.")
+    assert select.select([process.stderr], [], [], 60)[0]
+    said = process.stderr.readline()
+    assert said == b"Standard input is read up to its end: `< /dev/null` leaves it out.\n"
+    assert process.communicate(timeout=60) == (SAID_HELLO.encode() + b"\n", b"")
+
+
+@pytest.mark.parametrize(("flags", "count"), [((), 0), (("--keep",), 1), (("--session", "talk"), 0)])
+def test_a_piped_chat_is_saved_only_if_that_is_asked_for(flags, count, demo, chat, home) -> None:
+    assert chat(demo, *flags, stdin="Say hello.\n").code == 0
+    assert len(list((home / ".llmchat").glob("*"))) == count
+    assert (home / "talk").exists() == ("talk" in flags)
+
+
+def test_a_chat_goes_on_by_its_number_and_is_listed(demo, chat, home) -> None:
+    assert chat("--chats") == (f"There are no saved chats in {home}/.llmchat.\n", "", 0)
+    chat(demo, "--keep", stdin="My name is Ada.\n")
+    chat(demo, "--keep", stdin="Say hello.\nHow do I print it?\n")
+    done = chat("--chats")
+    rows = [f"1  today, *:*  {demo}  2 turns  Say hello.", f"2  today, *:*  {demo}  1 turn   My name is Ada."]
+    assert (done.out.splitlines(), done.err, done.code) == (list(map(Like, rows)), "", 0)
+    assert transcript(SAMPLE[4]) in chat("-c", "2", stdin="What is my name?\n").out
+    assert Like("1  *  2 turns  My name is Ada.") == chat("--chats").out.splitlines()[0]
+    assert chat("-c", "3").complaint == "There is no chat 3: `llmchat --chats` lists 2."
+    done = chat("-c", "--no-keep")
+    assert (done.code, done.complaint) == (2, Like("-c writes to the saved chat*"))
 
 
 def test_one_shots_with_nothing_to_say_or_no_place_to_be(demo, chat, home) -> None:
@@ -2504,6 +2618,64 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
     screen.send(UP + UP, "My name is\nAda.")
     screen = terminal(demo, EDITOR="false")
     screen.send("/edit\r", "false ended with status 1: nothing is taken from it.*prompt -> ")
+
+
+def test_what_leaves_for_the_clipboard_or_to_be_read_is_cleaned(demo, terminal, home) -> None:
+    wicked = "rm\x1b[201~ \x9b2Jx\r\u202ey\x00\nnext\ttab"
+    (home / "talk").write_bytes(as_lines([GREETING[0], {"role": "assistant", "content": wicked}]))
+    program = home / "pbcopy"
+    program.write_text(f"#!/bin/sh\ncat > {home}/copied\n")
+    program.chmod(0o755)
+    path = f"{home}:{os.environ['PATH']}"
+    screen = terminal(demo, "--session", "talk", PATH=path)
+    clean = "rm[201~ 2Jxy\nnext\ttab"
+    screen.send("/copy\r", f"{len(clean)} characters are copied.*prompt -> ")
+    assert (home / "copied").read_text() == clean
+    screen.send("/save talk.md\r", "2 messages*prompt -> ")
+    assert (home / "talk.md").read_text().endswith(f"**Model:**\n\n{clean}\n\n")
+    screen.send("/save copy\r", "2 messages*prompt -> ")
+    assert contents(home / "copy")[1] == wicked
+    # On the other machine that ssh leads to, the programs fill a clipboard that nobody sees.
+    for variable in ("SSH_TTY", "SSH_CONNECTION"):
+        screen = terminal(demo, "--session", "copy", **{"PATH": path, variable: "x"})
+        (home / "copied").unlink(missing_ok=True)
+        screen.send("/copy\r", f"{len(clean)} characters went to the terminal*prompt -> ")
+        assert base64.b64encode(clean.encode()).decode() in screen.output
+        assert not (home / "copied").exists()
+        assert screen.leave(CTRL_D) == 0
+
+
+def test_a_killed_edit_leaves_no_draft(demo, terminal, home) -> None:
+    folder = home / "temporary"
+    folder.mkdir()
+    editor = home / "editor"
+    editor.write_text("#!/bin/sh\necho editing\nexec sleep 60\n")
+    editor.chmod(0o755)
+    screen = terminal(demo, "--no-keep", EDITOR=str(editor), TMPDIR=str(folder))
+    screen.send("/edit my secret\r", "editing\n")
+    (draft,) = folder.glob("llmchat*/*")
+    assert draft.read_text() == "my secret"
+    assert draft.parent.stat().st_mode & 0o777 == 0o700
+    os.killpg(screen.pid, signal.SIGKILL)
+    wait_until(lambda: not list(folder.iterdir()))
+    assert screen.leave(killed=True) == -signal.SIGKILL
+    assert not any("secret" in file.read_text() for file in home.glob(".llmchat*") if file.is_file())
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-keep",)])
+def test_the_history_on_disk_holds_prompts_and_no_commands(flags, demo, terminal, home) -> None:
+    screen = terminal(demo, *flags, "--max-tokens", "1")
+    for line in ("/system my secret", "/set system=my secret", "//slash", "/save my-secret"):
+        screen.send(f"{line}\r", "\n\nprompt -> ")
+    # In this chat the Up key recalls all of them.
+    screen.send(UP, "/save my-secret")
+    screen.send(UP, "/")
+    screen.send(UP, "")
+    screen.send(CTRL_U + CTRL_D, "Goodbye!")
+    history = home / ".llmchat_history"
+    assert flags or history.read_text() == "//slash\n"
+    assert history.exists() == (not flags)
+    assert (home / ".llmchat").exists() == (not flags)
 
 
 def test_a_conversation_is_saved_as_markdown(thinker, chat, home) -> None:
