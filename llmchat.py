@@ -2211,6 +2211,13 @@ MAX_SESSION_BYTES = 1 << 28
 # A message of a session that is nested deeper is refused: at about 1000 levels Python itself fails.
 MAX_NESTING = 50
 
+# The byte order marks that a text in UTF-16 begins with.
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+STDIN_TOO_LARGE_MESSAGE = (
+    f"Standard input holds more than {MAX_TEXT_BYTES} bytes: no model can take that."
+)
+
 # Standard input that has not ended after this time is said to be waited for.
 STDIN_NOTICE_AFTER_S = 1.0
 
@@ -2255,16 +2262,17 @@ def decode_text(data: bytes, first_line: int = 1) -> str:
     Raises `ValueError`, which names the line, for what is no text; `first_line` is the number of
     the first one.
     """
-    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    charset = "UTF-16" if data.startswith(UTF16_MARKS) else "UTF-8"
     try:
-        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = data.decode(charset).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode(error.encoding)
         line = first_line + before.count("\n")
-        raise ValueError(f"line {line} is neither UTF-8 nor marked as UTF-16") from error
+        raise ValueError(f"line {line} is no {charset}") from error
     before, nul, _ = text.partition("\0")
     if nul:
-        raise ValueError(f"line {first_line + before.count(chr(10))} holds a NUL character")
+        line = first_line + before.count("\n")
+        raise ValueError(f"line {line} holds a NUL character")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -2333,21 +2341,17 @@ def read_standard_input(stdin: TextIO, notice: Callable[[str], None]) -> str:
     data = bytearray()
     notice_at_s = time.monotonic() + STDIN_NOTICE_AFTER_S
     notice_given = False
-    while True:
+    while len(data) <= MAX_TEXT_BYTES:
         wait_s = None if notice_given else max(0.0, notice_at_s - time.monotonic())
         if not select.select([stdin], [], [], wait_s)[0]:
             notice("Standard input is read up to its end: `< /dev/null` leaves it out.")
             notice_given = True
-            continue
-        part = os.read(stdin.fileno(), 1 << 20)
-        data += part
-        if len(data) > MAX_TEXT_BYTES:
-            size = f"{MAX_TEXT_BYTES} bytes"
-            raise ChatError(f"Standard input holds more than {size}: no model can take that.")
-        if not part:
-            break
-    with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
-        return decode_text(bytes(data))
+        elif part := os.read(stdin.fileno(), 1 << 20):
+            data += part
+        else:
+            with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
+                return decode_text(bytes(data))
+    raise ChatError(STDIN_TOO_LARGE_MESSAGE)
 
 
 class PipedLines:
@@ -2373,10 +2377,12 @@ class PipedLines:
 
     def _convert_utf16(self) -> None:
         """Read a stream of UTF-16 to its end, since its newlines can't be found byte by byte."""
-        if self._stream.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if self._stream.peek(2)[:2] not in UTF16_MARKS:
             return
-        data = self._stream.read(MAX_TEXT_BYTES)
+        data = self._stream.read(MAX_TEXT_BYTES + 1)
         self._stream = io.BytesIO()
+        if len(data) > MAX_TEXT_BYTES:
+            raise ChatError(STDIN_TOO_LARGE_MESSAGE)
         with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
             self._stream = io.BytesIO(decode_text(data).encode())
 
@@ -2387,8 +2393,8 @@ def replace_file(
     """Replace or create a file; return the new one, open. Raises `OSError`.
 
     The file holds either its old content or all of the new, whatever ends the program. It keeps its
-    mode, and a new one is for the user alone. If it is to be `locked`, it is so before it has its
-    name. It is dated now, or `not_before_s` if that is later.
+    mode and its owner, and a new one is for the user alone. If it is to be `locked`, it is so before
+    it has its name. It is dated now, or `not_before_s` if that is later.
     """
     # Replace the target of a symbolic link, not the link.
     path = path.resolve()
@@ -2397,8 +2403,8 @@ def replace_file(
     temporary.unlink(missing_ok=True)
     file = open_plain_file(temporary, "x+")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
+        if path.exists():
+            copy_mode_and_owner(path, file)
         with open(file.fileno(), "wb", closefd=False) as writer:
             writer.write(data)
         if time.time() < not_before_s:
@@ -2412,6 +2418,15 @@ def replace_file(
         temporary.unlink(missing_ok=True)
         raise
     return file
+
+
+def copy_mode_and_owner(path: Path, file: io.FileIO) -> None:
+    """Give a new file what the file that it replaces has. Raises `OSError`."""
+    info = path.stat()
+    os.fchmod(file.fileno(), info.st_mode & 0o777)
+    # After sudo the user is still to have the file. Nobody but root can give files away.
+    if os.geteuid() == 0:
+        os.fchown(file.fileno(), info.st_uid, info.st_gid)
 
 
 def has_name(file: io.FileIO, path: Path) -> bool:
@@ -2470,9 +2485,10 @@ def unsaved_warning(places: dict[str, Path]) -> str:
 
 @contextlib.contextmanager
 def temporary_draft(text: str) -> Iterator[Path]:
-    """Have a text in a file that an editor can open, in a folder that nobody else can read.
+    """Give an editor a file with a text, in a folder of its own that nobody else can read.
 
-    A shell removes the folder when this program closes a pipe, which it also does by being killed.
+    A shell waits until this program closes a pipe, and removes the folder then: so it is gone after
+    the block, and also if the program is killed.
     """
     folder = tempfile.mkdtemp(prefix="llmchat-")
     remover = subprocess.Popen(

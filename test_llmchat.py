@@ -51,7 +51,16 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import llmchat
-from llmchat import ChatError, Conversation, Piece, Settings, ThoughtSplitter, as_lines
+from llmchat import (
+    ChatError,
+    Conversation,
+    Piece,
+    SavedChats,
+    SessionFile,
+    Settings,
+    ThoughtSplitter,
+    as_lines,
+)
 
 # A test run that was started in the background ignores these two, and so would every program it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -956,10 +965,10 @@ TEXTS = {
     "of Windows": ("schön\r\nso\r\n".encode(), "schön\nso"),
 }
 NO_TEXTS = {
-    "latin": (b"a\nb\n" + LATIN, "line 3 is neither UTF-8 nor marked as UTF-16"),
+    "latin": (b"a\nb\n" + LATIN, "line 3 is no UTF-8"),
     "NUL": (b"a\nb\0", "line 2 holds a NUL character"),
-    "image": (b"\x89PNG\r\n\x1a\n\0", "line 1 is neither"),
-    "half of UTF-16": (UTF16[:-1], "line 1 is neither"),
+    "image": (b"\x89PNG\r\n\x1a\n\0", "line 1 is no UTF-8"),
+    "half of UTF-16": (UTF16[:-1], "line 1 is no UTF-16"),
     "four bytes": ("a".encode("utf-32"), "line 1 holds a NUL"),
 }
 
@@ -1493,6 +1502,17 @@ def test_a_killed_chat_loses_no_message_that_was_saved(tmp_path) -> None:
         assert saved[0] <= len(reread(path)) <= saved[0] + 1
 
 
+def test_a_session_stays_the_users_own_when_root_saves_it(tmp_path) -> None:
+    path = tmp_path / "talk"
+    path.touch()
+    if os.getuid() == 0:
+        os.chown(path, 65534, 65534)
+    owner = path.stat().st_uid
+    with contextlib.closing(SessionFile(path)) as session:
+        session.save(GREETING)
+    assert path.stat().st_uid == owner
+
+
 def test_what_a_killed_save_has_left_is_gone_with_the_next_one(tmp_path) -> None:
     path = tmp_path / "talk"
     limited = f"ulimit -f 4; exec {shlex.join(PROGRAM[:1])} -c 'import signal, sys, llmchat; from pathlib import Path; "
@@ -1502,9 +1522,6 @@ def test_what_a_killed_save_has_left_is_gone_with_the_next_one(tmp_path) -> None
     assert len(list(tmp_path.iterdir())) == 1
     llmchat.replace_file(path, b"new").close()
     assert list(tmp_path.iterdir()) == [path]
-
-
-SavedChats, SessionFile = llmchat.SavedChats, llmchat.SessionFile
 
 
 def save_chat(folder: Path, text: str = "Hello", model: str = "own/model") -> Path:
@@ -1763,7 +1780,7 @@ def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
 def test_a_piped_chat_refuses_what_is_no_text_and_goes_on(demo, start) -> None:
     process = start(demo)
     out, err = process.communicate(b"\xef\xbb\xbfSay hello.\nsch\xf6n\n\xef\xbb\xbfQuit\nSay hello.\n")
-    refused = "Standard input is no text: line 2 is neither UTF-8 nor marked as UTF-16. The line is not sent.\n"
+    refused = "Standard input is no text: line 2 is no UTF-8. The line is not sent.\n"
     assert err.decode() == refused
     lines = f"\nprompt -> Say hello.\n{SAID_HELLO}\n\nprompt -> \n\nprompt -> Quit\nGoodbye!\n"
     assert out.decode().endswith(lines)
