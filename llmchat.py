@@ -2792,6 +2792,9 @@ class SavedChats:
                 f"The name of the model is too long to be known from {chat.path}: "
                 "name both, llmchat MODEL --session FILE."
             )
+        # The folder of an older version may be open to others.
+        with explain_errors(f"{self.folder} can't be used", "", OSError):
+            self.folder.chmod(0o700)
         session = SessionFile(chat.path, self._date_after(self._chats()))
         return OpenedChat(session, model or self._model(chat))
 

@@ -877,22 +877,26 @@ def test_a_history_is_for_the_user_alone_and_a_cut_loses_no_prompt_added_meanwhi
         path.chmod(0o666)
         reader()
         assert path.stat().st_mode & 0o777 == 0o600
-    # One process adds prompts, while another one cuts the file each time that it reads it.
-    path.write_text("old\n" * 3 * prompts)
+    # One process adds prompts, while this one puts older ones before them, which are then cut off.
+    added = [f"new {count}" for count in range(prompts // 2)]
+    path.write_bytes(b"")
     if (pid := os.fork()) == 0:
         history = llmchat.PromptHistory(path)
-        for count in range(prompts // 2):
-            history.add(f"new {count}")
+        for prompt in added:
+            history.add(prompt)
         os._exit(0)
     ended = 0
     while not ended:
-        with path.open("ab") as file:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        with path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.write(b"\n" * llmchat.PromptHistory.MAX_BYTES)
+                content = b"old\n" * 3 * prompts + file.read()
+                file.seek(0)
+                file.write(content)
         llmchat.PromptHistory(path).load()
-        ended, status = os.waitpid(pid, os.WNOHANG)
     assert status == 0
+    assert llmchat.PromptHistory(path).load()[-len(added) :] == added
 
 
 def test_without_keep_a_history_is_read_and_never_written(tmp_path) -> None:
@@ -1728,6 +1732,9 @@ def test_a_folder_of_chats_is_for_the_user_alone(tmp_path) -> None:
     folder.chmod(0o777)
     path = save_chat(folder)
     assert (folder.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    folder.chmod(0o777)
+    SavedChats(folder).open_numbered(1).session.close()
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_session_that_can_not_be_written_complains_once_and_holds_all_when_it_can(demo, terminal, home) -> None:
@@ -3157,15 +3164,21 @@ def test_hosts_chat_as_one_alone_does_and_rank_0_is_seen_and_writes(count, demo,
     (home / "1/.llmchat_config").write_text("temperature = nonsense\nmax-tokens = 1\n")
     flags = [demo, "--stats", "--session", "talk"]
     stdin = asked(*SAMPLE[:4]) + "/set max-tokens 2\nWhat is my name?\n/set max-tokens 512\n/continue\n/retry\n/undo\n"
-    stdin += "What is my name?\n/undo\n/save copy\nquit\n"
-    alone, done = chat(*flags, stdin=stdin), chat(*flags, stdin=stdin, program=launch(count), timeout_s=900)
+    stdin += "What is my name?\n/undo\n/save copy\n/copy\nquit\n"
+    clipboard = home / "bin/pbcopy"
+    clipboard.parent.mkdir()
+    clipboard.write_text('#!/bin/sh\ncat > "$HOME/copied"\n')
+    clipboard.chmod(0o755)
+    path = f"{clipboard.parent}:{os.environ['PATH']}"
+    alone = chat(*flags, stdin=stdin, PATH=path)
+    done = chat(*flags, stdin=stdin, PATH=path, program=launch(count), timeout_s=900)
     assert (done.out, done.code) == (alone.out, 0)
     # They differ in their times alone.
     costs, floor = (re.sub(r"[\d.]+ (s|tokens/s)\b", "", text) for text in (done.err, alone.err))
     assert costs == floor
     assert costs.count("reused") == len(SAMPLE) + 3
     assert contents(home / "0/talk") == contents(home / "talk")
-    assert {path.name for path in (home / "0").iterdir()} == {"talk", "copy"}
+    assert {path.name for path in (home / "0").iterdir()} == {"talk", "copy", "copied"}
     # On the launcher's terminal the line is there already, and prompts are kept for another day.
     done = chat(*flags, stdin="What is my name?\nquit\n", program=launch(count), COLUMNS="80", timeout_s=900)
     assert done.out.endswith("\nprompt -> Your name is Ada.\n\nprompt -> Goodbye!\n")
