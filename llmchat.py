@@ -2937,6 +2937,13 @@ MAX_SESSION_BYTES = 1 << 28
 # A message of a session that is nested deeper is refused: at about 1000 levels Python itself fails.
 MAX_NESTING = 50
 
+# The byte order marks that a text in UTF-16 begins with.
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+STDIN_TOO_LARGE_MESSAGE = (
+    f"Standard input holds more than {MAX_TEXT_BYTES} bytes: no model can take that."
+)
+
 # Standard input that has not ended after this time is said to be waited for.
 STDIN_NOTICE_AFTER_S = 1.0
 
@@ -2981,16 +2988,17 @@ def decode_text(data: bytes, first_line: int = 1) -> str:
     Raises `ValueError`, which names the line, for what is no text; `first_line` is the number of
     the first one.
     """
-    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    charset = "UTF-16" if data.startswith(UTF16_MARKS) else "UTF-8"
     try:
-        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = data.decode(charset).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode(error.encoding)
         line = first_line + before.count("\n")
-        raise ValueError(f"line {line} is neither UTF-8 nor marked as UTF-16") from error
+        raise ValueError(f"line {line} is no {charset}") from error
     before, nul, _ = text.partition("\0")
     if nul:
-        raise ValueError(f"line {first_line + before.count(chr(10))} holds a NUL character")
+        line = first_line + before.count("\n")
+        raise ValueError(f"line {line} holds a NUL character")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -3039,6 +3047,8 @@ def one_shot_prompt(
     If TEXT is `-`, standard input is the whole prompt. Raises `ChatError` if there is no text, or
     more than any model can take. `notice` is given a sentence if standard input does not end soon.
     """
+    if re.search("[\ud800-\udfff]", text):
+        raise ChatError("The text after -p is not encoded in UTF-8: convert it.")
     if launched and text == "-":
         raise ChatError(
             "mlx.launch never tells where standard input ends: give --prompt the text itself."
@@ -3057,21 +3067,17 @@ def read_standard_input(stdin: TextIO, notice: Callable[[str], None]) -> str:
     data = bytearray()
     notice_at_s = time.monotonic() + STDIN_NOTICE_AFTER_S
     notice_given = False
-    while True:
+    while len(data) <= MAX_TEXT_BYTES:
         wait_s = None if notice_given else max(0.0, notice_at_s - time.monotonic())
         if not select.select([stdin], [], [], wait_s)[0]:
             notice("Standard input is read up to its end: `< /dev/null` leaves it out.")
             notice_given = True
-            continue
-        part = os.read(stdin.fileno(), 1 << 20)
-        data += part
-        if len(data) > MAX_TEXT_BYTES:
-            size = f"{MAX_TEXT_BYTES} bytes"
-            raise ChatError(f"Standard input holds more than {size}: no model can take that.")
-        if not part:
-            break
-    with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
-        return decode_text(bytes(data))
+        elif part := os.read(stdin.fileno(), 1 << 20):
+            data += part
+        else:
+            with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
+                return decode_text(bytes(data))
+    raise ChatError(STDIN_TOO_LARGE_MESSAGE)
 
 
 class PipedLines:
@@ -3097,10 +3103,12 @@ class PipedLines:
 
     def _convert_utf16(self) -> None:
         """Read a stream of UTF-16 to its end, since its newlines can't be found byte by byte."""
-        if self._stream.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if self._stream.peek(2)[:2] not in UTF16_MARKS:
             return
-        data = self._stream.read(MAX_TEXT_BYTES)
+        data = self._stream.read(MAX_TEXT_BYTES + 1)
         self._stream = io.BytesIO()
+        if len(data) > MAX_TEXT_BYTES:
+            raise ChatError(STDIN_TOO_LARGE_MESSAGE)
         with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
             self._stream = io.BytesIO(decode_text(data).encode())
 
@@ -3111,8 +3119,8 @@ def replace_file(
     """Replace or create a file; return the new one, open. Raises `OSError`.
 
     The file holds either its old content or all of the new, whatever ends the program. It keeps its
-    mode, and a new one is for the user alone. If it is to be `locked`, it is so before it has its
-    name. It is dated now, or `not_before_s` if that is later.
+    mode and its owner, and a new one is for the user alone. If it is to be `locked`, it is so before
+    it has its name. It is dated now, or `not_before_s` if that is later.
     """
     # Replace the target of a symbolic link, not the link.
     path = path.resolve()
@@ -3121,8 +3129,8 @@ def replace_file(
     temporary.unlink(missing_ok=True)
     file = open_plain_file(temporary, "x+")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
+        if path.exists():
+            copy_mode_and_owner(path, file)
         with open(file.fileno(), "wb", closefd=False) as writer:
             writer.write(data)
         if time.time() < not_before_s:
@@ -3138,10 +3146,19 @@ def replace_file(
     return file
 
 
-def has_name(file: io.FileIO, path: str | Path) -> bool:
+def copy_mode_and_owner(path: Path, file: io.FileIO) -> None:
+    """Give a new file what the file that it replaces has. Raises `OSError`."""
+    info = path.stat()
+    os.fchmod(file.fileno(), info.st_mode & 0o777)
+    # After sudo the user is still to have the file. Nobody but root can give files away.
+    if os.geteuid() == 0:
+        os.fchown(file.fileno(), info.st_uid, info.st_gid)
+
+
+def has_name(file: io.FileIO, path: Path) -> bool:
     """Tell if an open file still is the one at this path, and was not replaced."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
@@ -3180,20 +3197,24 @@ def user_name(uid: int) -> str:
         return f"user {uid}"
 
 
-def unsaved_warning(paths: Iterable[Path]) -> str:
-    """Return one warning about all of the paths that the user can't write to, or nothing."""
-    problems = dict.fromkeys(filter(None, map(access_problem, paths)))
-    if not problems:
+def unsaved_warning(places: dict[str, Path]) -> str:
+    """Return one warning about all that can't be saved in its place, or nothing."""
+    problems = {what: access_problem(path) for what, path in places.items()}
+    unsaved = [what for what, problem in problems.items() if problem]
+    if not unsaved:
         return ""
-    reasons = "; ".join(problems)
-    return f"Chats or prompts are not saved: {reasons}. Mend that, or start with --no-keep."
+    # The same home may be the reason for all.
+    reasons = "; ".join(dict.fromkeys(problems[what] for what in unsaved))
+    subject = " and ".join(unsaved).capitalize()
+    return f"{subject} are not saved: {reasons}. Mend that, or start with --no-keep."
 
 
 @contextlib.contextmanager
 def temporary_draft(text: str) -> Iterator[Path]:
-    """Have a text in a file that an editor can open, in a folder that nobody else can read.
+    """Give an editor a file with a text, in a folder of its own that nobody else can read.
 
-    A shell removes the folder when this program closes a pipe, which it also does by being killed.
+    A shell waits until this program closes a pipe, and removes the folder then: so it is gone after
+    the block, and also if the program is killed.
     """
     folder = tempfile.mkdtemp(prefix="llmchat-")
     remover = subprocess.Popen(
@@ -3392,14 +3413,16 @@ class SavedChats:
         if not self.folder.exists():
             return []
         chats = []
-        for entry in os.scandir(self.folder):
-            match = self.NAME.fullmatch(entry.name)
-            if not match or not entry.is_file(follow_symlinks=False):
-                continue
-            # Another chat may just have removed it.
-            with contextlib.suppress(FileNotFoundError):
-                info = entry.stat()
-                chats.append(SavedChat(Path(entry.path), match[2], info.st_mtime, info.st_size))
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                match = self.NAME.fullmatch(entry.name)
+                if not match or not entry.is_file(follow_symlinks=False):
+                    continue
+                # Another chat may just have removed it.
+                with contextlib.suppress(FileNotFoundError):
+                    info = entry.stat()
+                    chat = SavedChat(Path(entry.path), match[2], info.st_mtime, info.st_size)
+                    chats.append(chat)
         return sorted(chats, key=lambda chat: chat.modified_s, reverse=True)
 
     def _chats(self) -> list[SavedChat]:
@@ -3495,6 +3518,9 @@ class SavedChats:
                 f"The name of the model is too long to be known from {chat.path}: "
                 "name both, llmchat MODEL --session FILE."
             )
+        # The folder of an older version may be open to others.
+        with explain_errors(f"{self.folder} can't be used", "", OSError):
+            self.folder.chmod(0o700)
         session = SessionFile(chat.path, self._date_after(self._chats()))
         return OpenedChat(session, model or self._model(chat))
 
@@ -3546,8 +3572,8 @@ class PromptHistory:
     MAX_ENTRIES = 1000
     MAX_BYTES = 1 << 20
 
-    def __init__(self, path: Path, keep: bool = True) -> None:
-        self._path = path
+    def __init__(self, path: str | Path, keep: bool = True) -> None:
+        self._path = Path(path)
         self._keep = keep
         self._last = ""
 
@@ -5577,6 +5603,12 @@ class Autosave:
         self._last_path: Path | None = None
         self._has_failed = False
 
+    @property
+    def has_saved_chat(self) -> bool:
+        """Whether the conversation is among the user's chats, and not in a file of its own."""
+        in_own_file = self._settings.session is not None
+        return not in_own_file and self.session is not None and bool(self.session.messages)
+
     def save(self, turns: Sequence[Message]) -> None:
         """Make the file hold these turns, after the system prompt."""
         try:
@@ -5684,6 +5716,8 @@ class Chat:
             # Show what comes of it, and write it down.
             if prompt.text:
                 self._handle(prompt)
+        if self.screen.interactive and self.autosave.has_saved_chat:
+            self.screen.notice("llmchat -c continues this chat.")
         self.screen.write("Goodbye!\n")
 
     def _read_prompt(self) -> Prompt:
@@ -5876,6 +5910,8 @@ def open_session(
     if settings.session is not None:
         session = SessionFile(Path(os.path.expanduser(settings.session)))
     elif settings.resume:
+        if not settings.keep and settings.sources["keep"] == "flag":
+            raise ChatError("-c writes to the saved chat, and --no-keep to none: leave out one.", 2)
         named = ""
         if settings.sources.get("model") == "flag":
             named = str(settings.model)
@@ -5988,14 +6024,18 @@ def open_chat(
     if model.recommended:
         screen.notice(model.recommended)
     conversation = Conversation(engine, model, settings, messages)
-    if session and settings.keep_state:
+    if session and settings.keep_state and is_private(session.state_path):
         conversation.load_state(session.state_path)
     saves_chats = will_save_chats(settings, screen, hosts)
-    if saves_chats:
-        places = [saved_chats.folder, Path(os.path.expanduser(HISTORY_FILE))]
-        if warning := unsaved_warning(places):
-            screen.notice(warning)
-            saves_chats = not access_problem(saved_chats.folder)
+    places = {}
+    if saves_chats and session is None:
+        places["chats"] = saved_chats.folder
+    if editor.interactive and settings.keep and settings.prompt is None:
+        places["prompts"] = Path(os.path.expanduser(HISTORY_FILE))
+    if warning := unsaved_warning(places):
+        screen.notice(warning)
+    if access_problem(saved_chats.folder):
+        saves_chats = False
     return Chat(
         conversation,
         screen,

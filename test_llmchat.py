@@ -35,6 +35,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import textwrap
 import threading
@@ -50,7 +51,16 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import llmchat
-from llmchat import ChatError, Conversation, Piece, Settings, ThoughtSplitter, as_lines
+from llmchat import (
+    ChatError,
+    Conversation,
+    Piece,
+    SavedChats,
+    SessionFile,
+    Settings,
+    ThoughtSplitter,
+    as_lines,
+)
 
 # A test run that was started in the background ignores these two, and so would every program it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -867,22 +877,26 @@ def test_a_history_is_for_the_user_alone_and_a_cut_loses_no_prompt_added_meanwhi
         path.chmod(0o666)
         reader()
         assert path.stat().st_mode & 0o777 == 0o600
-    # One process adds prompts, while another one cuts the file each time that it reads it.
-    path.write_text("old\n" * 3 * prompts)
+    # One process adds prompts, while this one puts older ones before them, which are then cut off.
+    added = [f"new {count}" for count in range(prompts // 2)]
+    path.write_bytes(b"")
     if (pid := os.fork()) == 0:
         history = llmchat.PromptHistory(path)
-        for count in range(prompts // 2):
-            history.add(f"new {count}")
+        for prompt in added:
+            history.add(prompt)
         os._exit(0)
     ended = 0
     while not ended:
-        with path.open("ab") as file:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        with path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.write(b"\n" * llmchat.PromptHistory.MAX_BYTES)
+                content = b"old\n" * 3 * prompts + file.read()
+                file.seek(0)
+                file.write(content)
         llmchat.PromptHistory(path).load()
-        ended, status = os.waitpid(pid, os.WNOHANG)
     assert status == 0
+    assert llmchat.PromptHistory(path).load()[-len(added) :] == added
 
 
 def test_without_keep_a_history_is_read_and_never_written(tmp_path) -> None:
@@ -955,10 +969,10 @@ TEXTS = {
     "of Windows": ("schön\r\nso\r\n".encode(), "schön\nso"),
 }
 NO_TEXTS = {
-    "latin": (b"a\nb\n" + LATIN, "line 3 is neither UTF-8 nor marked as UTF-16"),
+    "latin": (b"a\nb\n" + LATIN, "line 3 is no UTF-8"),
     "NUL": (b"a\nb\0", "line 2 holds a NUL character"),
-    "image": (b"\x89PNG\r\n\x1a\n\0", "line 1 is neither"),
-    "half of UTF-16": (UTF16[:-1], "line 1 is neither"),
+    "image": (b"\x89PNG\r\n\x1a\n\0", "line 1 is no UTF-8"),
+    "half of UTF-16": (UTF16[:-1], "line 1 is no UTF-16"),
     "four bytes": ("a".encode("utf-32"), "line 1 holds a NUL"),
 }
 
@@ -1642,6 +1656,17 @@ def test_a_killed_chat_loses_no_message_that_was_saved(tmp_path) -> None:
         assert saved[0] <= len(reread(path)) <= saved[0] + 1
 
 
+def test_a_session_stays_the_users_own_when_root_saves_it(tmp_path) -> None:
+    path = tmp_path / "talk"
+    path.touch()
+    if os.getuid() == 0:
+        os.chown(path, 65534, 65534)
+    owner = path.stat().st_uid
+    with contextlib.closing(SessionFile(path)) as session:
+        session.save(GREETING)
+    assert path.stat().st_uid == owner
+
+
 def test_what_a_killed_save_has_left_is_gone_with_the_next_one(tmp_path) -> None:
     path = tmp_path / "talk"
     limited = f"ulimit -f 4; exec {shlex.join(PROGRAM[:1])} -c 'import signal, sys, llmchat; from pathlib import Path; "
@@ -1651,9 +1676,6 @@ def test_what_a_killed_save_has_left_is_gone_with_the_next_one(tmp_path) -> None
     assert len(list(tmp_path.iterdir())) == 1
     llmchat.replace_file(path, b"new").close()
     assert list(tmp_path.iterdir()) == [path]
-
-
-SavedChats, SessionFile = llmchat.SavedChats, llmchat.SessionFile
 
 
 def save_chat(folder: Path, text: str = "Hello", model: str = "own/model") -> Path:
@@ -1751,7 +1773,7 @@ def test_a_last_chat_that_is_open_elsewhere_is_not_passed_over(tmp_path) -> None
         save_chat(tmp_path, text)
     chats = SavedChats(tmp_path)
     with contextlib.closing(chats.open_latest(None, print).session):
-        with pytest.raises(ChatError, match="open in another llmchat: .*-c NUMBER"):
+        with pytest.raises(ChatError, match=r"open in another llmchat: .*-c NUMBER"):
             chats.open_latest(None, print)
         with pytest.raises(ChatError, match="in use by another chat"):
             chats.open_numbered(1)
@@ -1770,7 +1792,8 @@ def test_a_chat_belongs_to_its_last_model(tmp_path) -> None:
     session.save([*GREETING, *FAREWELL])
     session.close()
     assert chats.rows()[0][2:] == ["own/b", "2 turns", "Hello"]
-    assert chats.open_latest("own/b", print).session.messages == [*GREETING, *FAREWELL]
+    with contextlib.closing(chats.open_latest("own/b", print).session) as session:
+        assert session.messages == [*GREETING, *FAREWELL]
     with pytest.raises(ChatError, match="no conversation with own/a"):
         chats.open_latest("own/a", print)
     # A session that the user has named keeps its name.
@@ -1779,12 +1802,89 @@ def test_a_chat_belongs_to_its_last_model(tmp_path) -> None:
     assert (tmp_path / "talk").exists()
 
 
+def run_as_another_user(function) -> str:
+    """Call a function as a user whom nothing here belongs to, if root runs the tests; return its text."""
+    output, end = os.pipe()
+    if (pid := os.fork()) == 0:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        os.write(end, function().encode())
+        os._exit(0)
+    os.close(end)
+    with open(output, encoding="utf-8") as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+def test_what_can_not_be_saved_in_a_home_is_one_warning() -> None:
+    def warning(*names: str) -> str:
+        with tempfile.TemporaryDirectory() as home:
+            Path(home, "folder").symlink_to("/")
+            Path(home, "file").symlink_to("/etc/passwd")
+            Path(home).chmod(0o500)
+            places = {f"these {name}s": Path(home, name) for name in names}
+            text = llmchat.unsaved_warning(places).replace(home, "HOME")
+            Path(home).chmod(0o700)
+            return text
+
+    advice = "Mend that, or start with --no-keep."
+    said = run_as_another_user(lambda: warning("chat", "prompt"))
+    assert said == f"These chats and these prompts are not saved: HOME can't be written to. {advice}"
+    said = run_as_another_user(lambda: warning("folder", "file"))
+    assert said == Like(
+        "These folders and these files are not saved: HOME/folder belongs to root, and this is *; "
+        f"HOME/file belongs to root, and this is *. {advice}"
+    )
+    with tempfile.TemporaryDirectory() as home:
+        assert llmchat.unsaved_warning({"chats": Path(home, "new"), "prompts": Path(home)}) == ""
+        nowhere = {"chats": Path(home, "no", "where")}
+        assert llmchat.unsaved_warning(nowhere).startswith("Chats are not saved: there is no folder")
+
+
+def test_a_folder_of_another_user_is_a_warning_and_no_failure(demo, chat, home) -> None:
+    folder = home / ".llmchat"
+    if os.getuid() == 0:
+        folder.mkdir()
+        os.chown(folder, 65534, 65534)
+    else:
+        folder.symlink_to("/")
+    done = chat(demo, "--keep", stdin="Say hello.\nMy name is Ada.\n")
+    assert done.err == Like(f"Chats are not saved: {folder} belongs to *, and this is *. *\n")
+    assert done.err.count("\n") == 1
+    assert done.code == 0
+    assert os.getuid() or not list(folder.iterdir())
+
+
+def test_a_state_is_used_only_where_nobody_else_can_write_it(tmp_path) -> None:
+    state = tmp_path / "state"
+    assert not llmchat.is_private(state)
+    state.touch(0o600)
+    tmp_path.chmod(0o700)
+    assert llmchat.is_private(state)
+    for path in (state, tmp_path):
+        mode = path.stat().st_mode
+        for bit in (0o020, 0o002):
+            path.chmod(mode | bit)
+            assert not llmchat.is_private(state)
+        path.chmod(mode)
+    assert llmchat.is_private(state)
+    assert not llmchat.is_private(Path("/etc/passwd")) or os.getuid() == 0
+    (tmp_path / "link").symlink_to(state)
+    os.mkfifo(tmp_path / "pipe")
+    assert not llmchat.is_private(tmp_path / "link")
+    assert not llmchat.is_private(tmp_path / "pipe")
+
+
 def test_a_folder_of_chats_is_for_the_user_alone(tmp_path) -> None:
     folder = tmp_path / "chats"
     folder.mkdir()
     folder.chmod(0o777)
     path = save_chat(folder)
     assert (folder.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    folder.chmod(0o777)
+    SavedChats(folder).open_numbered(1).session.close()
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_session_that_can_not_be_written_complains_once_and_holds_all_when_it_can(demo, terminal, home) -> None:
@@ -1832,6 +1932,45 @@ def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
     # A script learns that not all of it was done.
     assert done.code == 1
     assert [message["role"] for message in reread(home / "session")] == ["system", "user", "assistant"]
+
+
+def test_a_piped_chat_refuses_what_is_no_text_and_goes_on(demo, start) -> None:
+    process = start(demo)
+    out, err = process.communicate(b"\xef\xbb\xbfSay hello.\nsch\xf6n\n\xef\xbb\xbfQuit\nSay hello.\n")
+    refused = "Standard input is no text: line 2 is no UTF-8. The line is not sent.\n"
+    assert err.decode() == refused
+    lines = f"\nprompt -> Say hello.\n{SAID_HELLO}\n\nprompt -> \n\nprompt -> Quit\nGoodbye!\n"
+    assert out.decode().endswith(lines)
+    assert process.returncode == 1
+
+
+def test_a_one_shot_says_that_it_waits_for_standard_input(demo, start) -> None:
+    process = start(demo, "-p", "Say hello.")
+    assert select.select([process.stderr], [], [], 60)[0]
+    said = process.stderr.readline()
+    assert said == b"Standard input is read up to its end: `< /dev/null` leaves it out.\n"
+    assert process.communicate(timeout=60) == (SAID_HELLO.encode() + b"\n", b"")
+
+
+@pytest.mark.parametrize(("flags", "count"), [((), 0), (("--keep",), 1), (("--session", "talk"), 0)])
+def test_a_piped_chat_is_saved_only_if_that_is_asked_for(flags, count, demo, chat, home) -> None:
+    assert chat(demo, *flags, stdin="Say hello.\n").code == 0
+    assert len(list((home / ".llmchat").glob("*"))) == count
+    assert (home / "talk").exists() == ("talk" in flags)
+
+
+def test_a_chat_goes_on_by_its_number_and_is_listed(demo, chat, home) -> None:
+    assert chat("--chats") == (f"There are no saved chats in {home}/.llmchat.\n", "", 0)
+    chat(demo, "--keep", stdin="My name is Ada.\n")
+    chat(demo, "--keep", stdin="Say hello.\nHow do I print it?\n")
+    done = chat("--chats")
+    rows = [f"1  today, *:*  {demo}  2 turns  Say hello.", f"2  today, *:*  {demo}  1 turn   My name is Ada."]
+    assert (done.out.splitlines(), done.err, done.code) == (list(map(Like, rows)), "", 0)
+    assert transcript(SAMPLE[4]) in chat("-c", "2", stdin="What is my name?\n").out
+    assert Like("1  *  2 turns  My name is Ada.") == chat("--chats").out.splitlines()[0]
+    assert chat("-c", "3").complaint == "There is no chat 3: `llmchat --chats` lists 2."
+    done = chat("-c", "--no-keep")
+    assert (done.code, done.complaint) == (2, Like("-c writes to the saved chat*"))
 
 
 def test_one_shots_with_nothing_to_say_or_no_place_to_be(demo, chat, home) -> None:
@@ -2284,7 +2423,8 @@ def test_the_sample_session_on_a_terminal(demo, terminal) -> None:
     assert screen.leave() == 0
     welcome = f"\x1b[2m{Path(demo).name} · /help lists the commands · quit or Ctrl+D leaves\x1b[0m\n"
     assert welcome in screen.output
-    assert plain(screen.output.replace(welcome, "")) == SESSION.format(model=demo)
+    ours = plain(screen.output.replace(welcome, ""))
+    assert ours.replace("llmchat -c continues this chat.\n", "") == SESSION.format(model=demo)
 
 
 def test_a_reply_is_seen_while_it_comes_and_ctrl_c_stops_it(demo, terminal) -> None:
@@ -2488,7 +2628,7 @@ def test_earlier_prompts_are_recalled_searched_and_completed(demo, terminal, hom
         assert sent(screen, home, keys) == prompt
     screen.send("/se\ttemp\t0\r", "/set temperature 0\ntemperature = 0.0\n*prompt -> ")
     screen.send("/save my no\t\r", "my notes.jsonl is there already*prompt -> ")
-    screen.send(UP * 2 + "\r", "/set temperature 0\ntemperature = 0.0\n*prompt -> ")
+    screen.send(UP * 2 + "\r", "\ntemperature = 0.0\n*prompt -> ")
     assert screen.leave(CTRL_D) == 0
     screen = terminal(demo, "--max-tokens", "1")
     # Commands are not recalled on another day.
@@ -2645,6 +2785,64 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
     screen.send(UP + UP, "My name is\nAda.")
     screen = terminal(demo, EDITOR="false")
     screen.send("/edit\r", "false ended with status 1: nothing is taken from it.*prompt -> ")
+
+
+def test_what_leaves_for_the_clipboard_or_to_be_read_is_cleaned(demo, terminal, home) -> None:
+    wicked = "rm\x1b[201~ \x9b2Jx\r\u202ey\x00\nnext\ttab"
+    (home / "talk").write_bytes(as_lines([GREETING[0], {"role": "assistant", "content": wicked}]))
+    program = home / "pbcopy"
+    program.write_text(f"#!/bin/sh\ncat > {home}/copied\n")
+    program.chmod(0o755)
+    path = f"{home}:{os.environ['PATH']}"
+    screen = terminal(demo, "--session", "talk", PATH=path)
+    clean = "rm[201~ 2Jxy\nnext\ttab"
+    screen.send("/copy\r", f"{len(clean)} characters are copied.*prompt -> ")
+    assert (home / "copied").read_text() == clean
+    screen.send("/save talk.md\r", "2 messages*prompt -> ")
+    assert (home / "talk.md").read_text().endswith(f"**Model:**\n\n{clean}\n\n")
+    screen.send("/save copy\r", "2 messages*prompt -> ")
+    assert contents(home / "copy")[1] == wicked
+    # On the other machine that ssh leads to, the programs fill a clipboard that nobody sees.
+    for variable in ("SSH_TTY", "SSH_CONNECTION"):
+        screen = terminal(demo, "--session", "copy", **{"PATH": path, variable: "x"})
+        (home / "copied").unlink(missing_ok=True)
+        screen.send("/copy\r", f"{len(clean)} characters went to the terminal*prompt -> ")
+        assert base64.b64encode(clean.encode()).decode() in screen.output
+        assert not (home / "copied").exists()
+        assert screen.leave(CTRL_D) == 0
+
+
+def test_a_killed_edit_leaves_no_draft(demo, terminal, home) -> None:
+    folder = home / "temporary"
+    folder.mkdir()
+    editor = home / "editor"
+    editor.write_text("#!/bin/sh\necho editing\nexec sleep 60\n")
+    editor.chmod(0o755)
+    screen = terminal(demo, "--no-keep", EDITOR=str(editor), TMPDIR=str(folder))
+    screen.send("/edit my secret\r", "editing\n")
+    (draft,) = folder.glob("llmchat*/*")
+    assert draft.read_text() == "my secret"
+    assert draft.parent.stat().st_mode & 0o777 == 0o700
+    os.killpg(screen.pid, signal.SIGKILL)
+    wait_until(lambda: not list(folder.iterdir()))
+    assert screen.leave(killed=True) == -signal.SIGKILL
+    assert not any("secret" in file.read_text() for file in home.glob(".llmchat*") if file.is_file())
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-keep",)])
+def test_the_history_on_disk_holds_prompts_and_no_commands(flags, demo, terminal, home) -> None:
+    screen = terminal(demo, *flags, "--max-tokens", "1")
+    for line in ("/system my secret", "/set system=my secret", "//slash", "/save my-secret"):
+        screen.send(f"{line}\r", "\n\nprompt -> ")
+    # In this chat the Up key recalls all of them.
+    screen.send(UP, "/save my-secret")
+    screen.send(UP, "/")
+    screen.send(UP, "")
+    screen.send(CTRL_U + CTRL_D, "Goodbye!")
+    history = home / ".llmchat_history"
+    assert flags or history.read_text() == "//slash\n"
+    assert history.exists() == (not flags)
+    assert (home / ".llmchat").exists() == (not flags)
 
 
 def test_a_conversation_is_saved_as_markdown(thinker, chat, home) -> None:
@@ -3093,15 +3291,21 @@ def test_hosts_chat_as_one_alone_does_and_rank_0_is_seen_and_writes(count, demo,
     (home / "1/.llmchat_config").write_text("temperature = nonsense\nmax-tokens = 1\n")
     flags = [demo, "--stats", "--session", "talk"]
     stdin = asked(*SAMPLE[:4]) + "/set max-tokens 2\nWhat is my name?\n/set max-tokens 512\n/continue\n/retry\n/undo\n"
-    stdin += "What is my name?\n/undo\n/save copy\nquit\n"
-    alone, done = chat(*flags, stdin=stdin), chat(*flags, stdin=stdin, program=launch(count), timeout_s=900)
+    stdin += "What is my name?\n/undo\n/save copy\n/copy\nquit\n"
+    clipboard = home / "bin/pbcopy"
+    clipboard.parent.mkdir()
+    clipboard.write_text('#!/bin/sh\ncat > "$HOME/copied"\n')
+    clipboard.chmod(0o755)
+    path = f"{clipboard.parent}:{os.environ['PATH']}"
+    alone = chat(*flags, stdin=stdin, PATH=path)
+    done = chat(*flags, stdin=stdin, PATH=path, program=launch(count), timeout_s=900)
     assert (done.out, done.code) == (alone.out, 0)
     # They differ in their times alone.
     costs, floor = (re.sub(r"[\d.]+ (s|tokens/s)\b", "", text) for text in (done.err, alone.err))
     assert costs == floor
     assert costs.count("ready") == len(SAMPLE) + 3
     assert contents(home / "0/talk") == contents(home / "talk")
-    assert {path.name for path in (home / "0").iterdir()} == {"talk", "copy"}
+    assert {path.name for path in (home / "0").iterdir()} == {"talk", "copy", "copied"}
     # On the launcher's terminal the line is there already, and prompts are kept for another day.
     done = chat(*flags, stdin="What is my name?\nquit\n", program=launch(count), COLUMNS="80", timeout_s=900)
     assert done.out.endswith("\nprompt -> Your name is Ada.\n\nprompt -> Goodbye!\n")
