@@ -2,11 +2,16 @@
 # /// script
 # requires-python = ">=3.9"
 # dependencies = [
-#     "mlx>=0.29.3; sys_platform == 'darwin'",
-#     "mlx[cpu]>=0.29.3; sys_platform == 'linux'",
-#     "mlx-lm>=0.29.1",
+#     "mlx>=0.29.3; sys_platform == 'darwin' and python_version < '3.10'",
+#     "mlx>=0.31.2; sys_platform == 'darwin' and python_version >= '3.10'",
+#     "mlx[cpu]>=0.29.3; sys_platform == 'linux' and python_version < '3.10'",
+#     "mlx[cpu]>=0.31.2; sys_platform == 'linux' and python_version >= '3.10'",
+#     "mlx-lm>=0.29.1; python_version < '3.10'",
+#     "mlx-lm>=0.31.3; python_version == '3.10'",
+#     "mlx-lm>=0.32; python_version >= '3.11'",
 #     "huggingface-hub>=0.34",
-#     "transformers>=4.56",
+#     "transformers>=4.56; python_version < '3.10'",
+#     "transformers>=5.3; python_version >= '3.10'",
 # ]
 # ///
 """Chat with a local language model in the terminal, on a Mac with Apple silicon.
@@ -30,6 +35,7 @@ or `exit`. How one turn goes, from key to screen:
 The rooms, in reading order; nothing is used before it is defined:
 
     Errors         one exception, a finished sentence for the user
+    Files          reading plain files whole, with a bound
     Settings       all parameters, each declared once: flag, config key, `/set` key, range, help
     Hub            from a name to a folder: cache, download, progress, what the hub's errors mean
     Engine         the one thread that works with MLX
@@ -55,9 +61,15 @@ code from a model repository unless told to, and asks the network for nothing th
 
 from __future__ import annotations
 
+import sys
+
+# For a script Python looks beside its file first: a `signal.py` that somebody put into Downloads
+# would run. A Python that is isolated or in safe mode has no such entry.
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
+
 import os
 import signal
-import sys
 
 # As a program, end quietly on Ctrl+C while the rest is imported; `main` takes the signals over.
 if __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("llmchat", "anechat"):
@@ -107,9 +119,8 @@ import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar, Dict, Generic, NamedTuple, TextIO, TypeVar
-from urllib.parse import quote, unquote_to_bytes
+from typing import Any, ClassVar, Dict, Generic, NamedTuple, NoReturn, TextIO, TypeVar
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
 
@@ -191,26 +202,120 @@ def foreign(
         raise kind(said, status) from error
 
 
+# ----------------------------------------------------------------------------------------- Files
+
+# More than any file has that is read whole: an index of weights takes some megabytes.
+MAX_FILE_BYTES = 64 << 20
+
+# What `read_file` and `read_json` raise.
+UNREADABLE = (OSError, ValueError, RecursionError)
+
+
+def open_plain_file(path: str | Path, mode: str = "r") -> io.FileIO:
+    """Open a file in a mode of `io.FileIO`; a file that is created is for the user alone.
+
+    Raises `OSError`, also for what is no plain file: a pipe may never be written to, and a device
+    may have no end.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        # Without O_NONBLOCK opening a pipe would wait for its other end.
+        return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+
+    file = io.FileIO(str(path), mode, opener=opener)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is no plain file")
+    return file
+
+
+def read_whole(file: io.FileIO, max_bytes: int) -> bytes:
+    """Return what an open file holds. Raises `OSError` if that is more than `max_bytes`."""
+    data = bytearray()
+    file.seek(0)
+    too_large = os.fstat(file.fileno()).st_size > max_bytes
+    # The size alone does not tell: a file may grow meanwhile, and those of /proc have none.
+    while not too_large and (part := file.read(1 << 20)):
+        data += part
+        too_large = len(data) > max_bytes
+    if too_large:
+        raise OSError(f"it is larger than {max_bytes >> 20} MB")
+    return bytes(data)
+
+
+def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Return the content of a plain file. Raises `OSError`, also for one that is too large."""
+    with open_plain_file(path) as file:
+        return read_whole(file, max_bytes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds. Raises one of `UNREADABLE`."""
+    value = json.loads(read_file(path))
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value
+
+
 # -------------------------------------------------------------------------------------- Settings
 
 
 CONFIG_FILE = ".llmchat_config"
-# Where a parameter may be given.
-FLAG, FILE, CHAT = "on the command line", "before the chat", "anywhere"
+EFFORTS = ("low", "medium", "high")
+
+
+class Scope(enum.Enum):
+    """Where a setting may be given. The value finishes the sentence "can only be given ..."."""
+
+    COMMAND_LINE = "on the command line"
+    HOME_CONFIG = f"on the command line or in ~/{CONFIG_FILE}"
+    CONFIG = "before the chat"
+    CHAT = "anywhere"
+
+
+# What each config file may set. The working folder may come from somebody else, and its file with
+# it: that file may neither choose what is loaded nor what is kept.
+HOME_CONFIG_SCOPES = (Scope.HOME_CONFIG, Scope.CONFIG, Scope.CHAT)
+FOLDER_CONFIG_SCOPES = (Scope.CONFIG, Scope.CHAT)
+
+
+class Option(NamedTuple):
+    """A setting as the command line, the config files and `/set` know it."""
+
+    parse: Callable[[str], Any]
+    # What stands for the value in the help; None for a switch.
+    metavar: str | None
+    help: str
+    scope: Scope
+    short_flag: str
+
+
+class SettingKey(NamedTuple):
+    """What a key of a config file or of `/set` means: a setting, and if the value is negated."""
+
+    name: str
+    negated: bool
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return a question that names the name most like a mistyped word, or nothing."""
-    near = [name for name in names if name.startswith(word)] or difflib.get_close_matches(
-        word, names, 1
-    )
-    return f"; did you mean {near[0]}?" if near else ""
+
+    def comparable(name: str) -> str:
+        # All flags have their dashes in common, and all commands their slash.
+        return name.lstrip("-/").lower().replace("_", "-")
+
+    by_text = {comparable(name): name for name in names}
+    text = comparable(word)
+    near = [candidate for candidate in by_text if candidate.startswith(text)]
+    if not near:
+        near = difflib.get_close_matches(text, by_text, n=1, cutoff=0.75)
+    return f"; did you mean {by_text[near[0]]}?" if text and near else ""
 
 
 def number_parser(
     convert: Callable[[str], Any], low: float, high: float = sys.float_info.max
 ) -> Callable[[str], Any]:
-    """Return a parser of one number in [low, high]; it raises `ArgumentTypeError` with the range."""
+    """Return a parser of a number in [low, high]; it raises `ArgumentTypeError` with the range."""
     kind = "a whole number" if convert is int else "a number"
     bounds = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
 
@@ -224,22 +329,22 @@ def number_parser(
     return parse
 
 
-def parse_bool(text: str, others: str = "") -> bool:
-    """Parse a yes or no as a config file or `/set` says it; the error also names the `others` that may stand there."""
+def parse_bool(text: str, other_values: str = "") -> bool:
+    """Parse a yes or no; the error also names the `other_values` that the setting takes."""
     if text.lower() in ("true", "yes", "on", "1"):
         return True
     if text.lower() in ("false", "no", "off", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"must be {others}true or false, not '{shorten(text, 40)}'")
+    raise argparse.ArgumentTypeError(
+        f"must be {other_values}true or false, not '{shorten(text, 40)}'"
+    )
 
 
 def parse_effort(text: str) -> bool | str:
     """Parse a yes or no, or how much to think."""
-    return (
-        text.lower()
-        if text.lower() in ("low", "medium", "high")
-        else parse_bool(text, "low, medium, high, ")
-    )
+    if text.lower() in EFFORTS:
+        return text.lower()
+    return parse_bool(text, f"{', '.join(EFFORTS)}, ")
 
 
 def strip_quotes(text: str) -> str:
@@ -248,8 +353,12 @@ def strip_quotes(text: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a parameter's value as a config file would say it."""
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """Return a setting's value as a config file has it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def option(
@@ -257,22 +366,30 @@ def option(
     parse: Callable[[str], Any],
     metavar: str | None,
     help: str,
-    scope: str = CHAT,
-    *flags: str,
+    scope: Scope = Scope.CHAT,
+    short_flag: str = "",
 ) -> Any:
-    """Declare a parameter as flags, config files and `/set` know it."""
-    help += f" (default {default})" if default and parse is not parse_bool else ""
-    about = SimpleNamespace(parse=parse, metavar=metavar, help=help, scope=scope, flags=flags)
-    return dataclasses.field(default=default, metadata={"option": about})
+    """Declare a setting as the command line, the config files and `/set` know it."""
+    if default and parse is not parse_bool:
+        help += f" (default {default})"
+    declared = Option(parse, metavar, help, scope, short_flag)
+    return dataclasses.field(default=default, metadata={"option": declared})
 
 
 @dataclasses.dataclass
 class Settings:
     """Every parameter of the program. A field's name is its key, with `-` for `_`."""
 
-    model: str | None = option(None, str, "MODEL", "a Hugging Face repository or a folder", FILE)
+    model: str | None = option(
+        None, str, "MODEL", "a Hugging Face repository or a folder", Scope.CONFIG
+    )
     prompt: str | None = option(
-        None, str, "TEXT", "print the reply to TEXT, after piped input; - is that", FLAG, "-p"
+        None,
+        str,
+        "TEXT",
+        "print the reply to TEXT, after piped input; - is that",
+        Scope.COMMAND_LINE,
+        "-p",
     )
     system: str | None = option(None, str, "TEXT", "the system prompt")
     max_tokens: int = option(512, number_parser(int, 1), "N", "the longest answer, in tokens")
@@ -300,9 +417,11 @@ class Settings:
     seed: int | None = option(
         None, number_parser(int, 0, 2**32 - 1), "N", "make replies repeatable"
     )
-    history: bool = option(True, parse_bool, None, "send the turns before a prompt with it", FILE)
+    history: bool = option(
+        True, parse_bool, None, "send the turns before a prompt with it", Scope.CONFIG
+    )
     think: bool | str | None = option(
-        None, parse_effort, "low|medium|high", "have a reasoning model think, and how much"
+        None, parse_effort, "|".join(EFFORTS), "have a reasoning model think, and how much"
     )
     max_thought_tokens: int = option(
         8192, number_parser(int, 0), "N", "the longest thought, in tokens; 0 is no limit"
@@ -311,177 +430,892 @@ class Settings:
         False, parse_bool, None, "show that a reasoning model thinks, not what"
     )
     recommended: bool = option(
-        False, parse_bool, None, "sample as the model's author recommends", FILE
+        False, parse_bool, None, "sample as the model's author recommends", Scope.CONFIG
     )
     plain: bool = option(False, parse_bool, None, "show Markdown without colours")
     stats: bool = option(
         False, parse_bool, None, "show time, tokens and cache use after each reply"
     )
+    read_ahead: bool = option(
+        True,
+        parse_bool,
+        None,
+        "compute what is known of the next prompt while you type",
+        Scope.CONFIG,
+    )
     file: tuple[str, ...] = option(
-        (), str, "PATH", "put a file before the first prompt; can be given again", FLAG
+        (),
+        str,
+        "PATH",
+        "put a file before the first prompt; can be given again",
+        Scope.COMMAND_LINE,
     )
     session: str | None = option(
-        None, str, "FILE", "go on with the conversation in FILE, and keep it there", FLAG
+        None,
+        str,
+        "FILE",
+        "continue the conversation in FILE, and save it there",
+        Scope.COMMAND_LINE,
     )
     resume: bool = option(
         False,
         parse_bool,
         None,
-        "go on with the last conversation, of MODEL if it is named",
-        FLAG,
+        "continue the last chat: of MODEL if it is named, or that with the number MODEL",
+        Scope.COMMAND_LINE,
         "-c",
     )
-    chats: bool = option(False, parse_bool, None, "list the saved chats, and leave", FLAG)
-    keep: bool = option(True, parse_bool, None, "keep every conversation in ~/.llmchat", FILE)
+    chats: bool = option(
+        False, parse_bool, None, "list the saved chats with their numbers", Scope.COMMAND_LINE
+    )
+    # Where nothing is said, a chat is saved if it is held at a terminal.
+    keep: bool | None = option(
+        None,
+        parse_bool,
+        None,
+        "save the chat in ~/.llmchat (default: if it is held at a terminal)",
+        Scope.HOME_CONFIG,
+    )
     keep_state: bool = option(
-        False, parse_bool, None, "keep what the engine has read beside the conversation", FILE
+        False, parse_bool, None, "save what the engine has read beside the chat", Scope.HOME_CONFIG
     )
     adapter: str | None = option(
-        None, str, "FOLDER", "a LoRA adapter to load on top of the model", FILE
+        None, str, "FOLDER", "a LoRA adapter to load on top of the model", Scope.HOME_CONFIG
     )
     revision: str | None = option(
-        None, str, "NAME", "the branch, tag or commit of the repository", FILE
+        None, str, "NAME", "the branch, tag or commit of the repository", Scope.HOME_CONFIG
     )
     trust_remote_code: bool = option(
-        False, parse_bool, None, "run code that the model repository brings along", FLAG
+        False,
+        parse_bool,
+        None,
+        "run code that the model repository brings along",
+        Scope.COMMAND_LINE,
     )
     force: bool = option(
-        False, parse_bool, None, "load a model that seems too large, or not made for talking", FILE
+        False,
+        parse_bool,
+        None,
+        "load a model that seems too large, or not made for talking; ask a hub without https",
+        Scope.HOME_CONFIG,
     )
 
+    # The number of the saved chat to continue, from the command line `llmchat -c NUMBER`.
+    resume_number: int | None = None
     # Where each value that is not a default came from: a file, "flag" or "here".
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def set_from_text(
-        self, key: str, text: str, source: str, scopes: Collection[str] = (FILE, CHAT)
-    ) -> str:
-        """Take `key = text` as a config file or `/set` says it; return the field's name. Raises `ArgumentTypeError`."""
-        name, negated = KEYS.get(key.lower().replace("_", "-"), ("", False))
-        if not name:
-            raise argparse.ArgumentTypeError(f"is no setting{did_you_mean(key, KEYS)}")
-        if OPTIONS[name].scope not in scopes:
-            raise argparse.ArgumentTypeError(f"can only be given {OPTIONS[name].scope}")
-        if not text:
-            raise argparse.ArgumentTypeError("needs a value")
-        if text == "default":
-            setattr(self, name, getattr(Settings, name))
-            self.sources.pop(name, None)
-            return name
-        value = OPTIONS[name].parse(text)
-        setattr(self, name, not value if negated else value)
+    def set_value(self, name: str, value: Any, source: str) -> None:
+        """Set a setting to a value as it is."""
+        setattr(self, name, value)
         self.sources[name] = source
-        return name
 
-    def apply_recommended(self, file: Path) -> str:
-        """Take a `generation_config.json` where the user said nothing; say what is new. Raises `ChatError`."""
-        with foreign(f"{file} can't be read: {{}}. Leave out --recommended."):
-            config = json.loads(file.read_bytes())
-            advice = {name: config.get(name) for name in SAMPLING_SETTINGS}
-            advice.update({"temperature": 0} if config.get("do_sample") is False else {})
-        new = [
-            name
-            for name in advice
-            if name not in self.sources and advice[name] not in (None, getattr(self, name))
-        ]
-        for name in new:
-            with foreign(f"{name} of {file.name} {{}}: leave out --recommended."):
-                self.set_from_text(name, str(advice[name]), file.name)
-        words = ", ".join(
-            f"{name.replace('_', '-')} {format_value(getattr(self, name))}" for name in new
-        )
-        return f"Recommended for this model: {words}." * bool(new)
+    def reset(self, name: str) -> None:
+        """Set a setting to its default."""
+        setattr(self, name, getattr(Settings, name))
+        self.sources.pop(name, None)
 
-    def load_file(self, path: Path) -> None:
-        """Take in a file of `key = value` lines, if it is there. Raises `ChatError` naming file and line."""
-        with foreign(f"{path} could not be read: {{}}. Mend or remove it.", status=2):
-            lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
-        for count, line in enumerate(lines, 1):
-            # A # first in a line, or between blanks, starts a comment.
-            text = re.sub(r"^\s*#.*|\s#(\s.*)?$", "", line).strip()
-            key, equals, value = (part.strip() for part in text.partition("="))
-            with foreign(f"{path}:{count}: {key} {{}}", status=2):
-                if text and not (key and equals):
+    def set_from_text(
+        self, key: str, text: str, source: str, scopes: Collection[Scope] = (Scope.CHAT,)
+    ) -> str:
+        """Set what a key of a config file or of `/set` means to the value that a text says.
+
+        Only settings with one of the scopes are set. Returns the setting's name. Raises
+        `ArgumentTypeError`.
+        """
+        found = find_key(key)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"is no setting{did_you_mean(key, KEYS)}")
+        declared = OPTIONS[found.name]
+        if declared.scope not in scopes:
+            raise argparse.ArgumentTypeError(f"can only be given {declared.scope.value}")
+        value = declared.parse(text)
+        self.set_value(found.name, not value if found.negated else value, source)
+        return found.name
+
+    def load_file(self, path: Path, scopes: Collection[Scope], trusts_code: bool = False) -> None:
+        """Set what a file of `key = value` lines says, if the file exists.
+
+        Where code of a repository is trusted, only sampling and looks are taken from it. Raises
+        `ChatError`, which names the file and the line.
+        """
+        if not os.path.exists(path):
+            return
+        advice = "Mend or remove it."
+        with explain_errors(f"{path} could not be read", advice, OSError, ValueError, status=2):
+            lines = read_file(path).decode("utf-8-sig").splitlines()
+        for number, line in enumerate(lines, 1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            key, equals, value = text.partition("=")
+            key = key.strip()
+            try:
+                if not (key and equals):
                     raise argparse.ArgumentTypeError("is not of the form 'key = value'")
-                if text:
-                    self.set_from_text(key, strip_quotes(value), str(path))
+                name = self.set_from_text(key, parse_config_value(value), str(path), scopes)
+                if trusts_code and (name == "system" or OPTIONS[name].scope is not Scope.CHAT):
+                    raise argparse.ArgumentTypeError(
+                        "can't be given here together with --trust-remote-code"
+                    )
+            except argparse.ArgumentTypeError as error:
+                message = f"{path}:{number}: {shorten(key, 40)} {error}"
+                raise ChatError(message, status=2) from error
 
-    def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the messages after the system prompt, if there is one."""
-        return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
-
-OPTIONS = {
+OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata
 }
-# The parameters that a model's author may recommend.
-SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# The field that each key sets, and whether the key turns a switch round.
-KEYS = {name.replace("_", "-"): (name, False) for name in OPTIONS}
+KEYS = {name.replace("_", "-"): SettingKey(name, False) for name in OPTIONS}
 KEYS.update(
     {
-        f"no-{key}": (name, True)
+        f"no-{key}": SettingKey(name, True)
         for key, (name, _) in KEYS.items()
         if OPTIONS[name].parse in (parse_bool, parse_effort)
     }
 )
 
 
+def find_key(key: str) -> SettingKey | None:
+    """Return what a key means, in any case and with `_` or `-`; None if it means nothing."""
+    return KEYS.get(key.lower().replace("_", "-"))
+
+
+# A value in quotes and the comment that may follow. In double quotes a backslash escapes.
+DOUBLE_QUOTED = re.compile(r'"((?:\\.|[^\\])*?)"\s*(?:#.*)?')
+SINGLE_QUOTED = re.compile(r"'(.*?)'\s*(?:#.*)?")
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\"": '"', r"\\": "\\"}
+# A comment behind a value that has no quotes. "You are #1." holds none.
+COMMENT = re.compile(r"(?:^|\s)#(?:\s.*)?$")
+
+
+def parse_config_value(text: str) -> str:
+    """Return the value that stands after a `=`, without quotes and comment.
+
+    Raises `ArgumentTypeError` if there is none.
+    """
+    text = text.strip()
+    if match := DOUBLE_QUOTED.fullmatch(text):
+        return re.sub(r"\\.", lambda escape: ESCAPES.get(escape[0], escape[0]), match[1])
+    if match := SINGLE_QUOTED.fullmatch(text):
+        return match[1]
+    if text.startswith('"'):
+        raise argparse.ArgumentTypeError('has no closing "')
+    value = COMMENT.sub("", text)
+    if not value:
+        raise argparse.ArgumentTypeError("needs a value")
+    return value
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors show no control characters of the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with status 2."""
+        if message.endswith("expected one argument"):
+            message += "; a value that starts with - follows a =, as in --prompt=-1"
+        super().error(strip_control_characters(message))
+
+
+def flags_of(name: str) -> list[str]:
+    """Return the flags of a setting, the short one first."""
+    flag = f"--{name.replace('_', '-')}"
+    short_flag = OPTIONS[name].short_flag
+    return [short_flag, flag] if short_flag else [flag]
+
+
 def argument_parser() -> argparse.ArgumentParser:
-    """Return the command line's parser, made from the options. Its namespace holds only the flags that were given."""
-    parser = argparse.ArgumentParser(
+    """Return the command line's parser, made from the options.
+
+    Its namespace holds only the flags that were given.
+    """
+    parser = ArgumentParser(
         prog="llmchat",
         usage="llmchat MODEL [options]",
         description="Talk with a local language model in the terminal.",
-        epilog=f"Defaults can stand in ~/{CONFIG_FILE} and ./{CONFIG_FILE}: lines of 'key = value', keys as the flags.",
+        epilog=(
+            f"Defaults can stand in ~/{CONFIG_FILE} and ./{CONFIG_FILE}:"
+            " lines of 'key = value', keys as the flags."
+        ),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, about in OPTIONS.items():
-        flag = name if name == "model" else f"--{name.replace('_', '-')}"
-        more: Any = {"model": {"nargs": "?"}, "file": {"action": "append"}}.get(name, {})
-        valued = {"type": about.parse, "metavar": about.metavar, **more}
-        how = {"action": argparse.BooleanOptionalAction} if about.parse is parse_bool else valued
-        parser.add_argument(*about.flags, flag, help=about.help, **how)
+    for name, declared in OPTIONS.items():
+        flags = flags_of(name)
+        arguments: dict[str, Any] = {"type": declared.parse, "metavar": declared.metavar}
+        if name == "model":
+            flags = [name]
+            arguments["nargs"] = "?"
+        elif name == "file":
+            arguments["action"] = "append"
+        elif declared.parse is parse_bool:
+            arguments = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(*flags, help=declared.help, **arguments)
     parser.add_argument("--no-think", dest="think", action="store_false", help="have it not think")
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
     return parser
 
 
-def read_flags(argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return the flags that were given. For wrong ones argparse leaves with 2."""
-    parser = argument_parser()
-    words = [*(sys.argv[1:] if argv is None else argv), ""]
-    # How much to think is optional, and the model may follow.
-    plain = [
-        n
-        for n, word in enumerate(words)
-        if word == "--think" and words[n + 1] not in ("low", "medium", "high")
-    ]
-    namespace, rest = parser.parse_known_args(
-        [word + "=true" * (n in plain) for n, word in enumerate(words)][:-1]
-    )
+SHORT_FLAGS = {"-h", *(declared.short_flag for declared in OPTIONS.values())}
+VALUE_FLAGS = {
+    flag
+    for name, declared in OPTIONS.items()
+    if declared.parse not in (parse_bool, parse_effort)
+    for flag in flags_of(name)
+}
+
+
+def join_values(words: Sequence[str]) -> list[str]:
+    """Return a command line in which no value of a flag can be taken for something else.
+
+    `--think` without an effort becomes `--think=true`: argparse would take the next word for the
+    effort, also where that is the model. `-p -5+3` becomes `-p=-5+3`: argparse would take the
+    value for a flag.
+    """
+    result: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        next_word = rest[0] if rest else ""
+        if word == "--think" and next_word not in EFFORTS:
+            result.append("--think=true")
+        elif word in VALUE_FLAGS and is_dashed_value(next_word):
+            result.append(f"{word}={rest.pop(0)}")
+        else:
+            result.append(word)
+    return result
+
+
+def is_dashed_value(word: str) -> bool:
+    """Tell if a word that follows a flag is a value though it starts with a dash.
+
+    A word with two dashes is more likely a mistyped flag.
+    """
+    has_one_dash = word.startswith("-") and not word.startswith("--")
+    # Argparse itself takes a lone dash for a value.
+    return has_one_dash and word not in SHORT_FLAGS
+
+
+# The first words of other programs' command lines, and what to do here instead.
+OTHER_COMMANDS = {
+    "help": "llmchat --help lists the options",
+    "version": "llmchat --version tells the version",
+    **dict.fromkeys(
+        ("list", "ls", "ps", "models", "show"), "llmchat alone lists the models that are here"
+    ),
+    **dict.fromkeys(
+        ("run", "chat", "generate", "start", "load", "pull", "serve"),
+        "a model is named alone: llmchat {call}",
+    ),
+}
+
+
+def other_command_message(command: str, words: Sequence[str]) -> str:
+    """Return what to do instead of another program's command that was followed by some words."""
+    model, *prompt = [word for word in words if not word.startswith("-")] or ["MODEL"]
+    call = shorten(model, 80)
+    if prompt:
+        call += f" -p {shlex.quote(shorten(' '.join(prompt), 40))}"
+    return f"there is no command {command}; {OTHER_COMMANDS[command].format(call=call)}"
+
+
+def unknown_flag_message(flag: str) -> str:
+    """Return the message for a flag that does not exist."""
+    if flag == "--model":
+        return "the model is named without a flag: llmchat MODEL"
     known = ["--help", "--version", *(f"--{key}" for key in KEYS if key != "model")]
-    for flag in (shorten(word.partition("=")[0], 40) for word in rest if word.startswith("-")):
-        if flag == "--model":
-            parser.error("the model is named without a flag: llmchat MODEL")
-        parser.error(
-            f"there is no flag {flag}{did_you_mean(flag, known) if flag.strip('-') else ''}"
-        )
-    if rest:
-        model, prompt = shorten(str(namespace.model), 80), shorten(rest[0], 40)
-        parser.error(f"a prompt goes after -p: llmchat {model} -p {prompt!r}")
-    return vars(namespace)
+    hint = did_you_mean(flag, known) or "; --help lists them"
+    return f"there is no flag {flag}{hint}"
+
+
+def read_flags(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags that were given. Exits with status 2, as argparse does, if one is wrong."""
+    parser = argument_parser()
+    words = sys.argv[1:] if argv is None else argv
+    namespace, unknown = parser.parse_known_args(join_values(words))
+    flags = vars(namespace)
+    model = flags.get("model", "")
+    if model in OTHER_COMMANDS and not os.path.exists(model):
+        parser.error(other_command_message(model, unknown))
+    for word in unknown:
+        if word.startswith("-"):
+            parser.error(unknown_flag_message(shorten(word.partition("=")[0], 40)))
+    if unknown:
+        prompt = shorten(" ".join(unknown), 40)
+        parser.error(f"a prompt goes after -p: llmchat {shorten(model, 80)} -p {prompt!r}")
+    # A folder with such a name is meant by ./3.
+    if flags.get("resume") and re.fullmatch("[0-9]{1,9}", model):
+        flags["resume_number"] = int(flags.pop("model"))
+        if flags["resume_number"] == 0:
+            parser.error("the saved chats are numbered from 1: llmchat --chats lists them")
+    return flags
 
 
 def read_settings(argv: Sequence[str] | None) -> Settings:
-    """Read the defaults, then the config files of the home and the working folder, then the flags."""
+    """Read the config file of the home, that of the working folder, then the flags."""
     flags = read_flags(argv)
     settings = Settings()
-    for path in (Path(os.path.expanduser("~")) / CONFIG_FILE, Path(CONFIG_FILE)):
-        settings.load_file(path)
+    home_file = Path(os.path.expanduser("~")) / CONFIG_FILE
+    folder_file = Path(CONFIG_FILE)
+    settings.load_file(home_file, HOME_CONFIG_SCOPES)
+    both_exist = home_file.exists() and folder_file.exists()
+    if not (both_exist and home_file.samefile(folder_file)):
+        trusts_code = flags.get("trust_remote_code", False)
+        settings.load_file(folder_file, FOLDER_CONFIG_SCOPES, trusts_code)
     vars(settings).update(flags)
     settings.sources.update(dict.fromkeys(flags, "flag"))
     return settings
+
+
+def folder_config_notice(settings: Settings) -> str:
+    """Return a sentence on what the working folder's config file has set, or nothing."""
+    names = [name for name, source in settings.sources.items() if source == CONFIG_FILE]
+    keys = ", ".join(name.replace("_", "-") for name in names)
+    return f"./{CONFIG_FILE} sets {keys}." if keys else ""
+
+
+# ------------------------------------------------------------------------------------------- Hub
+
+
+# The weights that mlx-lm loads, and the files that its own `load` would download with them.
+WEIGHTS = "model*.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+NEEDED = (
+    WEIGHTS,
+    "*.json",
+    "*.py",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+)
+# The files that tell if a model is of use here. They are downloaded before all others.
+TELLING_FILES = (
+    "config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# A rough check of a repository's name; the hub's own check follows.
+REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+# Endings of files of weights, which no repository's name has.
+FILE_NAME = re.compile(r"\.(gguf|safetensors|onnx|bin|pth)$", re.IGNORECASE)
+REPOSITORY_ADDRESS = re.compile(
+    r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/(models/)?([^/]+/[^/?#]+).*"
+)
+COMMIT = re.compile("[0-9a-f]{1,64}")
+# The name that the client gives a downloaded file: a checksum, behind which S3 puts a dash and a
+# number where it took the file in parts.
+ETAG = re.compile('(W/)?"?[0-9a-fA-F-]{1,128}"?')
+GIB = 1 << 30
+# From here on a wait tells how long it takes.
+SHOW_RATE_AFTER_S = 5
+DISK_HINT = "Make room for it, or set HF_HOME to a folder on another disk."
+RETRY_HINT = "Every finished file is kept; run the same command again to fetch the rest."
+
+
+@contextlib.contextmanager
+def silence_libraries() -> Iterator[None]:
+    """Keep the libraries' warnings off the screen, and their questions from the user.
+
+    They ask, for instance, if a model's code may run. Another thread may be in this block while
+    the main thread shows something: the screen and the line editor hold their own references to
+    the standard streams, which this leaves alone.
+    """
+    disabled_level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    with open(os.devnull, "r+") as nothing, contextlib.redirect_stdout(
+        nothing
+    ), warnings.catch_warnings():
+        stdin = sys.stdin
+        sys.stdin = nothing
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
+            logging.disable(disabled_level)
+
+
+def import_library(name: str) -> Any:
+    """Return a library's module, which is imported only now. Raises `ChatError`."""
+    # A library may fail in any way while it is imported: it reads the environment, for instance.
+    with silence_libraries(), explain_errors(
+        "The libraries can't be loaded",
+        "Look at the variables HF_... and MLX..., at ulimit -n (mlx-lm needs 4096),"
+        " and at the folder that you are in, or install anew.",
+        Exception,
+    ):
+        return importlib.import_module(name)
+
+
+def hub_constants() -> Any:
+    """Return huggingface-hub's constants, which it takes from the environment."""
+    # Our own status line tells how far a download is.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Without this the client sends what it runs on with each request.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    return import_library("huggingface_hub.constants")
+
+
+def hub_cache() -> Path:
+    """Return the folder in which huggingface-hub keeps models."""
+    return Path(hub_constants().HF_HUB_CACHE)
+
+
+def hub_address() -> str:
+    """Return the hub's address as it may be shown."""
+    return without_password(hub_constants().ENDPOINT)
+
+
+def without_password(address: str) -> str:
+    """Return a URL without the user and the password in it."""
+    scheme, separator, rest = address.rpartition("://")
+    return scheme + separator + rest.rpartition("@")[2]
+
+
+def is_plain_name(name: object) -> bool:
+    """Tell if a name from outside is that of a file within its folder."""
+    is_name = isinstance(name, str) and re.fullmatch(r"[^/\0]{1,255}", name)
+    return bool(is_name) and name not in (".", "..")
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the names of a folder's entries, sorted; none if the folder can't be read."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except (OSError, ValueError):
+        return []
+
+
+def repository_folder(name: str) -> Path:
+    """Return the folder that a repository has, or would have, in the hub cache."""
+    return hub_cache() / ("models--" + name.replace("/", "--"))
+
+
+def locate(name: str, revision: str | None) -> Path:
+    """Return the folder that a revision has, or would have, in the hub cache.
+
+    Raises one of `UNREADABLE` if the cache's entry is damaged.
+    """
+    repository = repository_folder(name)
+    reference = repository / "refs" / (revision or "main")
+    if not os.path.exists(reference):
+        return repository / "snapshots" / (revision or "main")
+    commit = read_file(reference).decode("ascii", errors="replace").strip()
+    if not COMMIT.fullmatch(commit):
+        raise ValueError(f"{reference.name} names no commit")
+    return repository / "snapshots" / commit
+
+
+def indexed_weights(folder: Path) -> list[str]:
+    """Return the names of the weights that a folder's index lists; none if it has no index.
+
+    Raises one of `UNREADABLE` if the index is damaged.
+    """
+    index = folder / WEIGHTS_INDEX
+    if not os.path.exists(index):
+        return []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(is_plain_name, weight_map.values())):
+        raise ValueError(f"{index.name} does not name files")
+    return sorted(set(weight_map.values()))
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Return the names of files that loading needs and a folder lacks.
+
+    In the hub cache a file is whole if it is there. Raises one of `UNREADABLE`.
+    """
+    weights = indexed_weights(folder) or fnmatch.filter(file_names(folder), WEIGHTS)
+    needed = ["config.json", "tokenizer_config.json", *(weights or ["model.safetensors"])]
+    return [name for name in needed if not os.path.exists(folder / name)]
+
+
+def known_missing_files(folder: Path) -> list[str]:
+    """Return the names of files that a folder lacks; none if its index is damaged."""
+    try:
+        return missing_files(folder)
+    except UNREADABLE:
+        return []
+
+
+def is_cached(name: str) -> bool:
+    """Tell if a repository can be started without a download. What is damaged can't."""
+    try:
+        return not missing_files(locate(name, None))
+    except UNREADABLE:
+        return False
+
+
+def cached_models() -> list[str]:
+    """Return the names of the repositories in the hub cache that need no download."""
+    entries = [entry for entry in file_names(hub_cache()) if entry.startswith("models--")]
+    names = [entry[len("models--") :].replace("--", "/") for entry in entries]
+    return [name for name in names if REPOSITORY.fullmatch(name) and is_cached(name)]
+
+
+def similar_model_folder(name: str) -> str:
+    """Return the model folder on this disk whose name is most like a mistyped one, or nothing."""
+    parent, base = os.path.split(os.path.expanduser(name).rstrip("/"))
+    siblings = file_names(Path(parent or "."))
+    folders = [entry for entry in siblings if os.path.exists(Path(parent, entry, "config.json"))]
+    near = difflib.get_close_matches(base, folders, n=1, cutoff=0.75)
+    return os.path.join(parent or ".", near[0]) if near else ""
+
+
+def resolve_model_name(name: str) -> str:
+    """Return the folder or the repository that a name means.
+
+    The hub's address is taken off, and a repository in the cache is found in any case of letters
+    and without its owner. Raises `ChatError` for a mistyped folder.
+    """
+    if address := REPOSITORY_ADDRESS.fullmatch(name):
+        return address[5]
+    if os.path.exists(os.path.expanduser(name)):
+        return name
+    if REPOSITORY.fullmatch(name.rstrip("/")):
+        name = name.rstrip("/")
+    if not REPOSITORY.fullmatch(name) or is_cached(name):
+        return name
+    ending = f"/{name}".lower()
+    meant = [cached for cached in cached_models() if f"/{cached}".lower().endswith(ending)]
+    if len(meant) == 1:
+        return meant[0]
+    folder = similar_model_folder(name)
+    # A name with other numbers is more likely that of another version, which the hub has.
+    if folder and re.findall(r"\d+", folder) == re.findall(r"\d+", name):
+        raise ChatError(
+            f"There is no folder {name}; did you mean {folder}? A repository of that name is"
+            f" loaded by llmchat https://huggingface.co/{name}."
+        )
+    return name
+
+
+class Progress:
+    """What is going on while a model is found and loaded. Any thread may ask for the text."""
+
+    def __init__(
+        self,
+        description: str,
+        total_bytes: int = 0,
+        done_bytes: Callable[[], int] = lambda: 0,
+        predicts: bool = False,
+    ) -> None:
+        """With `predicts` the text also tells how fast it goes, and how long it will take."""
+        self._description = description
+        self._total_bytes = total_bytes
+        self._done_bytes = done_bytes
+        self._predicts = predicts
+        self._started_s = time.monotonic()
+
+    def text(self) -> str:
+        """Return what is going on, and how far it is."""
+        spent_s = time.monotonic() - self._started_s
+        takes_long = spent_s > SHOW_RATE_AFTER_S
+        if not self._total_bytes:
+            return f"{self._description}: {spent_s:.0f} s" if takes_long else self._description
+        done_bytes = self._done_bytes()
+        text = f"{self._description}: {done_bytes / 1e9:.1f} of {self._total_bytes / 1e9:.1f} GB"
+        if not (self._predicts and takes_long and done_bytes):
+            return text
+        left_s = max(0, round((self._total_bytes - done_bytes) * spent_s / done_bytes))
+        rate = done_bytes / spent_s / 1e6
+        return f"{text} · {rate:.1f} MB/s · {left_s // 60}:{left_s % 60:02} left"
+
+
+class Preload:
+    """Reads files into the page cache on a thread of its own, so that loading finds them there."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._done_bytes = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def done_bytes(self) -> int:
+        """Return how many bytes were read so far."""
+        return self._done_bytes
+
+    def _run(self) -> None:
+        for file in self._files:
+            # The load that follows tells what is wrong with a file.
+            with contextlib.suppress(OSError), open(file, "rb", buffering=0) as stream:
+                while chunk := stream.read(1 << 21):
+                    self._done_bytes += len(chunk)
+
+
+# The sentences for the errors of huggingface-hub, by class or else by HTTP status; a status in
+# hundreds stands for all of its kind.
+HUB_MESSAGES: dict[str | int, str] = {
+    "GatedRepoError": (
+        "{name} is gated: ask for access at {hub}/{name}, then log in with 'hf auth login'."
+    ),
+    "RepositoryNotFoundError": (
+        "There is no model {name} at {hub}, or it is private: check the name at {hub}/{name}, or"
+        " log in with 'hf auth login'."
+    ),
+    "RevisionNotFoundError": (
+        "{name} has no revision {revision}: {hub}/{name}/tree/main lists its branches and tags."
+    ),
+    "HFValidationError": (
+        f"'{{name}}' can't be the name of a repository: a name looks like {EXAMPLE_MODEL}."
+    ),
+    "OfflineModeIsEnabled": (
+        "{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or name a"
+        " model that is here (llmchat alone lists them)."
+    ),
+    "JSONDecodeError": (
+        "{hub} answers with a page where data should be: if this network wants a log-in, open it"
+        " in a browser."
+    ),
+    401: (
+        "{hub} does not accept the token that is in use: log in again with 'hf auth login', or"
+        " unset HF_TOKEN."
+    ),
+    403: (
+        "{hub} refuses to hand out {name}: ask for access at {hub}/{name}, then log in with 'hf"
+        " auth login'."
+    ),
+    429: (
+        "{hub} takes no more requests from here for now: wait some minutes, or log in with 'hf auth"
+        f" login'. {RETRY_HINT}"
+    ),
+    500: (
+        "{hub} has a problem of its own (status {status}), so {what} could not be fetched: try"
+        f" later. {RETRY_HINT}"
+    ),
+}
+
+
+def error_chain(error: BaseException) -> list[BaseException]:
+    """Return an error and what led to it, the innermost last, also of one raised "from None"."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) and inner not in chain:
+        chain.append(inner)
+    return chain
+
+
+def root_cause_text(error: BaseException) -> str:
+    """Return the text of an error's innermost cause; the system's own text if there is one."""
+    chain = error_chain(error)
+    from_system = [each for each in chain if isinstance(each, OSError) and each.strerror]
+    return error_text((from_system or chain)[-1])
+
+
+def network_error_text(error: BaseException) -> str:
+    """Return the system's own text for a failed request, or else the library's.
+
+    The libraries wrap the system's error in errors of theirs. What they say themselves has their
+    advice, for instance which package is missing for a proxy of this kind.
+    """
+    chain = error_chain(error)
+    from_system = [each for each in chain if isinstance(each, OSError) and each.strerror]
+    return error_text(from_system[-1] if from_system else chain[0])
+
+
+def network_advice(error: BaseException) -> str:
+    """Return what to look at after a failed request: a variable, if it depends on one."""
+    import ssl
+    import urllib.request
+
+    about_certificates = any(isinstance(each, ssl.SSLError) for each in error_chain(error))
+    for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        path = os.environ.get(variable, "")
+        if path and (about_certificates or not os.path.exists(path)):
+            return f"{variable} is {path}: name certificates that are there, or unset it."
+    endpoint = urlsplit(hub_constants().ENDPOINT)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(endpoint.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(endpoint.hostname or ""):
+        return "Check the network."
+    variables = [name for name, value in os.environ.items() if name.lower().endswith("_proxy")]
+    named = [name for name in variables if os.environ[name] == proxy] or ["The system's proxy"]
+    return f"{named[0]} is {without_password(proxy)}: check that proxy, or do without it."
+
+
+def unknown_repository_hint(name: str) -> str:
+    """Return which model may have been meant by a name that the hub doesn't know, or nothing."""
+    if hint := did_you_mean(name, cached_models()):
+        return hint
+    if os.path.isdir(name):
+        return f"; the folder here is ./{name}"
+    return "" if "/" in name else f"; did you mean mlx-community/{name}?"
+
+
+def hub_error_message(name: str, revision: str | None, error: BaseException) -> str:
+    """Return the sentence for an error of the hub's client, its HTTP library or the system."""
+    from huggingface_hub import errors
+
+    # The client says that the file is not in the cache either; why it was not fetched is the cause.
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__
+    hub, what = hub_address(), missing_part(name, revision)
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    keys = [*(kind.__name__ for kind in type(error).__mro__), status, status // 100 * 100]
+    known = [key for key in keys if key in HUB_MESSAGES]
+    if known[:1] == ["RepositoryNotFoundError"] and (hint := unknown_repository_hint(name)):
+        return f"There is no model {name} at {hub}{hint}"
+    if known:
+        facts = {"name": name, "hub": hub, "revision": revision, "what": what, "status": status}
+        return HUB_MESSAGES[known[0]].format(**facts)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"The disk is too full for {what}. {DISK_HINT} {RETRY_HINT}"
+    if isinstance(error, OSError) and error.filename:
+        return (
+            f"{error.filename} can't be used ({root_cause_text(error)}): set HF_HOME to a folder"
+            " that you can write to."
+        )
+    text = network_error_text(error)
+    return f"{what} could not be fetched from {hub}: {text}. {network_advice(error)} {RETRY_HINT}"
+
+
+def missing_part(name: str, revision: str | None) -> str:
+    """Return what could not be fetched: the first missing file of a repository, or all of it."""
+    try:
+        folder = locate(name, revision)
+    except UNREADABLE:
+        return name
+    missing = known_missing_files(folder) if os.path.exists(folder) else []
+    return f"{missing[0]} of {name}" if missing else name
+
+
+@contextlib.contextmanager
+def hub_errors_explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turn any error of the hub's client into a `ChatError`. The block calls the client alone."""
+    try:
+        yield
+    except ChatError:
+        raise
+    # The client raises errors of its own, of its HTTP library, and whatever a bad answer leads to.
+    except Exception as error:
+        message = hub_error_message(name, revision, error)
+        # Without a password of the address, where an error repeats that.
+        address = hub_constants().ENDPOINT
+        user = address.rpartition("://")[2].rpartition("@")[0]
+        raise ChatError(message.replace(f"{user}@", "") if user else message) from error
+
+
+def check_endpoint(address: str, force: bool) -> None:
+    """Raise `ChatError` if the hub's address is none, or lets others change what comes from it."""
+    import ipaddress
+
+    shown = without_password(address)
+    try:
+        parts = urlsplit(address)
+        # A port that is no number raises an error only when it is asked for.
+        host = parts.hostname if parts.port != 0 else None
+    except ValueError:
+        host = None
+    if not host or parts.scheme not in ("http", "https"):
+        raise ChatError(
+            f"HF_ENDPOINT is {shown}, which is no address of a hub: unset it, or write it like"
+            " https://huggingface.co."
+        )
+    try:
+        is_this_machine = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_this_machine = host == "localhost"
+    if parts.scheme == "http" and not is_this_machine and not force:
+        raise ChatError(
+            f"HF_ENDPOINT is {shown}: over plain http anybody on the way can change what comes."
+            " Use https, or take the risk with --force."
+        )
+
+
+def check_answer(response: Any, *_: object, **__: object) -> None:
+    """Raise `ChatError` if an answer names a commit or a checksum that is none.
+
+    The client makes paths of both without a look at them, so that a hub could have it write
+    anywhere. The HTTP library calls this with each answer, before the client sees it.
+    """
+    headers = response.headers
+    commit = headers.get("X-Repo-Commit")
+    if commit is not None and not COMMIT.fullmatch(commit):
+        raise ChatError(f"{hub_address()} answers with '{shorten(commit, 80)}' for a commit.")
+    etag = headers.get("X-Linked-Etag") or headers.get("ETag")
+    if response.request.method == "HEAD" and etag and not ETAG.fullmatch(etag):
+        raise ChatError(f"{hub_address()} answers with '{shorten(etag, 80)}' for a checksum.")
+
+
+def have_answers_checked() -> None:
+    """Have the HTTP library of the hub's client call `check_answer`."""
+    from huggingface_hub import get_session
+
+    session: Any = get_session()
+    # Newer clients use httpx, older ones requests.
+    hooks = session.event_hooks if hasattr(session, "event_hooks") else session.hooks
+    if check_answer not in hooks["response"]:
+        hooks["response"].append(check_answer)
+
+
+def list_repository(name: str, revision: str | None) -> dict[str, int]:
+    """Return the names and sizes of a repository's files, without those in its folders."""
+    from huggingface_hub import HfApi
+
+    timeout = hub_constants().HF_HUB_ETAG_TIMEOUT
+    with hub_errors_explained(name, revision):
+        have_answers_checked()
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
+    files = {file.rfilename: file.size for file in info.siblings or ()}
+    return {
+        file: size if isinstance(size, int) else 0
+        for file, size in files.items()
+        if is_plain_name(file)
+    }
+
+
+def fetch_file(name: str, revision: str | None, file: str) -> Path:
+    """Download a file into the hub cache, if it is not there yet; return its path."""
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors_explained(name, revision):
+        have_answers_checked()
+        return Path(hf_hub_download(name, file, revision=revision))
+
+
+@contextlib.contextmanager
+def download_interruptible(name: str) -> Iterator[None]:
+    """Turn Ctrl+C in this block into a `ChatError` that tells how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise ChatError(f"The download of {name} was stopped. {RETRY_HINT}", 130) from error
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder, also of those that are still coming."""
+    with contextlib.suppress(OSError):
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    return 0
+
+
+def download_files(
+    name: str, folder: Path, sizes: dict[str, int], report: Callable[[Progress], None]
+) -> None:
+    """Download files of a repository into the folder of its commit, the small ones first.
+
+    Raises `ChatError`, also if the disk has no room for them.
+    """
+    total_bytes = sum(sizes.values())
+    free_bytes = shutil.disk_usage(folder).free
+    if total_bytes > free_bytes:
+        raise ChatError(
+            f"{name} does not fit on the disk: {total_bytes / GIB:.1f} GiB are still to be"
+            f" downloaded, where {hub_cache()} has {free_bytes / GIB:.1f} GiB free. {DISK_HINT}"
+        )
+    blobs = folder.parent.parent / "blobs"
+    bytes_before = folder_bytes(blobs)
+
+    def done_bytes() -> int:
+        return folder_bytes(blobs) - bytes_before
+
+    report(Progress("downloading", total_bytes, done_bytes, predicts=True))
+    # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C
+    # until the files that its threads are at are done.
+    for file in sorted(sizes, key=sizes.__getitem__):
+        fetch_file(name, folder.name, file)
 
 
 # ---------------------------------------------------------------------------------------- Engine
@@ -507,6 +1341,43 @@ class Waiting(enum.Enum):
 
 
 WAITING = Waiting.WAITING
+
+
+def use_private_kernels() -> None:
+    """Have MLX keep what it compiles in a folder that only this user can write to.
+
+    On a CPU MLX runs the kernels that it finds in `mlx` in the temporary folder, whoever put them
+    there. This is to be called before MLX is imported. Raises `ChatError`.
+    """
+    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+    set_names = [name for name in names if os.environ.get(name)]
+    temporary = os.environ[set_names[0]] if set_names else "/tmp"
+    if not os.path.isdir(temporary):
+        raise ChatError("TMPDIR names no folder, and MLX needs one: make it, or unset TMPDIR.")
+    kernels = os.path.join(glob.escape(temporary), "mlx", "**", "")
+    if all(map(is_private_folder, [temporary, *glob.glob(kernels, recursive=True)])):
+        return
+    candidates = [Path(os.path.expanduser("~/.cache/llmchat"))]
+    # In a sticky folder, such as /tmp, nobody can replace the folder of somebody else.
+    if Path(temporary).stat().st_mode & stat.S_ISVTX:
+        candidates.insert(0, Path(temporary, f"llmchat-{os.getuid()}"))
+    for folder in candidates:
+        with contextlib.suppress(OSError):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            if is_private_folder(str(folder)):
+                os.environ["TMPDIR"] = str(folder)
+                return
+    raise ChatError(
+        f"Others can put code that MLX would run into {temporary}: set TMPDIR to a folder that only"
+        " you can write to."
+    )
+
+
+def is_private_folder(folder: str) -> bool:
+    """Tell if a folder is this user's, or the system's, and nobody else can write to it."""
+    status = os.lstat(folder)
+    is_own = status.st_uid in (0, os.getuid())
+    return stat.S_ISDIR(status.st_mode) and is_own and not status.st_mode & 0o022
 
 
 def block_signals() -> None:
@@ -740,182 +1611,6 @@ def end_with_launcher(launcher: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-# ------------------------------------------------------------------------------------------- Hub
-
-
-# The weights that mlx-lm loads, and the files that its own `load` would download with them.
-WEIGHTS = "model*.safetensors"
-NEEDED = (
-    WEIGHTS,
-    "*.json",
-    "*.py",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-)
-# As far as a name can be that of a repository; the hub has rules of its own.
-REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
-GIB = 1 << 30
-DISK_HINT = "Make room for it, or set HF_HOME to a folder on another disk."
-RETRY_HINT = "Every finished file is kept; run the same command again to fetch the rest."
-
-
-def import_library(name: str) -> Any:
-    """Return a library's module, which is imported only now. Raises `ChatError`."""
-    with foreign(
-        "The libraries can't be loaded: {}. Look at the variables HF_... and MLX..., at ulimit -n (mlx-lm needs 4096),"
-        " and at the folder that you are in, or install anew."
-    ):
-        return importlib.import_module(name)
-
-
-def hub_cache() -> Path:
-    """Return the folder in which huggingface-hub keeps models."""
-    # One line of ours tells how far a download is.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return Path(import_library("huggingface_hub.constants").HF_HUB_CACHE)
-
-
-def hub_snapshot_folder(name: str, revision: str | None) -> Path:
-    """Return the folder that a repository has, or would have, in the hub cache; the hub's slow half isn't imported."""
-    repository = hub_cache() / ("models--" + name.replace("/", "--"))
-    commit = revision or "main"
-    with contextlib.suppress(OSError):
-        commit = (repository / "refs" / commit).read_text().strip()
-    return repository / "snapshots" / commit
-
-
-def missing_files(folder: Path) -> list[str]:
-    """Return the names of files that loading needs and a folder lacks; in the hub cache a file is whole if it is there.
-
-    The index names the weights. Without one there is one file, or as many as are found.
-    """
-    weights: Iterable[str] = [file.name for file in folder.glob(WEIGHTS)] or ["model.safetensors"]
-    with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
-        weights = json.loads((folder / "model.safetensors.index.json").read_bytes())[
-            "weight_map"
-        ].values()
-    needed = ("config.json", "tokenizer_config.json", *sorted({*weights}))
-    return [name for name in needed if not (folder / name).exists()]
-
-
-def cached_models() -> list[str]:
-    """Return the names of repositories in the hub cache that can be started without a download."""
-    names = (
-        entry.name[len("models--") :].replace("--", "/")
-        for entry in sorted(hub_cache().glob("models--*"))
-    )
-    return [name for name in names if not missing_files(hub_snapshot_folder(name, None))]
-
-
-def resolve_model_name(name: str) -> str:
-    """Return the repository that a name means: without the hub's address, with the case and owner of a cached one."""
-    name = re.sub(
-        r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/(models/)?([^/]+/[^/?#]+).*", r"\5", name
-    )
-    if (
-        not REPOSITORY.fullmatch(name)
-        or Path(name).exists()
-        or not missing_files(hub_snapshot_folder(name, None))
-    ):
-        return name
-    meant = [
-        cached for cached in cached_models() if f"/{cached}".lower().endswith(f"/{name}".lower())
-    ]
-    return meant[0] if len(meant) == 1 else name
-
-
-def preload_weights(files: Sequence[Path]) -> list[int]:
-    """Have files read into the page cache by another thread; return a list that grows by the bytes of each part."""
-    read: list[int] = []
-
-    def run() -> None:
-        for file in files:
-            # The load that follows says it if something is wrong with a file.
-            with contextlib.suppress(OSError), open(file, "rb", buffering=0) as stream:
-                while part := stream.read(1 << 21):
-                    read.append(len(part))
-
-    threading.Thread(target=run, daemon=True).start()
-    return read
-
-
-# The sentences for huggingface-hub's errors, by class or else by HTTP status; hundreds stand for all of a kind.
-HUB_MESSAGES: dict[str | int, str] = {
-    "GatedRepoError": "{name} is gated: ask for access at {hub}/{name}, then log in with 'hf auth login'.",
-    "RepositoryNotFoundError": "There is no model {name} at {hub}, or it is private: check the name at {hub}/{name},"
-    " or log in with 'hf auth login'.",
-    "RevisionNotFoundError": "{name} has no revision {revision}: {hub}/{name}/tree/main lists its branches and tags.",
-    "HFValidationError": f"'{{name}}' can't be the name of a repository: a name looks like {EXAMPLE_MODEL}.",
-    "OfflineModeIsEnabled": "{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or name"
-    " a model that is here (llmchat alone lists them).",
-    "JSONDecodeError": "{hub} answers with a page where data should be: if this network wants a log-in, open it in a"
-    " browser.",
-    401: "{hub} does not accept the token that is in use: log in again with 'hf auth login', or unset HF_TOKEN.",
-    403: "{hub} refuses to hand out {name}: ask for access at {hub}/{name}, then log in with 'hf auth login'.",
-    429: f"{{hub}} takes no more requests from here for now: wait some minutes, or log in with 'hf auth login'. {RETRY_HINT}",
-    500: f"{{hub}} has a problem of its own (status {{status}}), so {{what}} could not be fetched: try later. {RETRY_HINT}",
-}
-
-
-def root_cause_text(error: BaseException) -> str:
-    """Return the system's own words for an error, which libraries wrap in layers of theirs, also "from None"."""
-    if (isinstance(error, OSError) and error.strerror) or not (
-        inner := error.__cause__ or error.__context__
-    ):
-        return error_text(error)
-    return root_cause_text(inner)
-
-
-def hub_error_message(name: str, revision: str | None, error: BaseException) -> str:
-    """Return the sentence for an error in a download."""
-    from huggingface_hub import constants, errors
-
-    # The client says that the file is not in the cache either; the reason that it was not fetched is within.
-    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__
-    hub, folder = constants.ENDPOINT, hub_snapshot_folder(name, revision)
-    what = (
-        f"{missing_files(folder)[0]} of {name}"
-        if folder.exists() and missing_files(folder)
-        else name
-    )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        cached = did_you_mean(name, cached_models())
-        if cached or "/" not in name:
-            return f"There is no model {name} at {hub}{cached or f'; did you mean mlx-community/{name}?'}"
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    for key in [*(kind.__name__ for kind in type(error).__mro__), status, status // 100 * 100]:
-        if key in HUB_MESSAGES:
-            return HUB_MESSAGES[key].format(
-                name=name, hub=hub, revision=revision, what=what, status=status
-            )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"The disk is too full for {what}. {DISK_HINT} {RETRY_HINT}"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename} can't be used ({root_cause_text(error)}): set HF_HOME to a folder that you can write to."
-    return f"{what} could not be fetched from {hub}: {root_cause_text(error)}. Check the network. {RETRY_HINT}"
-
-
-@contextlib.contextmanager
-def silence_libraries() -> Iterator[None]:
-    """Keep the libraries' chatter off the screen, and their questions (may this code run?) from the user."""
-    logging.disable(logging.ERROR)
-    with open(os.devnull, "r+") as nothing, contextlib.redirect_stdout(
-        nothing
-    ), warnings.catch_warnings():
-        stdin, sys.stdin = sys.stdin, nothing
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            sys.stdin = stdin
-            logging.disable(logging.NOTSET)
-
-
 # ----------------------------------------------------------------------------------------- Model
 
 
@@ -1029,24 +1724,19 @@ class ChatTemplate:
 
 @dataclasses.dataclass
 class Model:
-    """A loaded model: the network, its chat template, the most tokens that it takes, and its hosts."""
+    """A loaded model: the network, its chat template, what it has room for, and its hosts."""
 
     name: str
     network: Any
     template: ChatTemplate
     context_length: int | None
     hosts: Hosts
-    # What was taken of the author's recommendations, in a sentence.
-    recommended: str
     # All that a state which was computed with this model depends on.
     fingerprint: str
     # What the state of a conversation may take of the memory, on each host; None is no bound.
     memory_bytes: int | None
 
 
-REMOTE_CODE_MESSAGE = (
-    "{} wants to run its own code: if you trust it, --trust-remote-code allows that."
-)
 # The formats of weights that MLX can't load, by the ending of their files.
 UNSUPPORTED_FORMATS = {
     ".gguf": "GGUF",
@@ -1055,11 +1745,19 @@ UNSUPPORTED_FORMATS = {
     ".pth": "PyTorch",
     ".onnx": "ONNX",
 }
-# The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the like do talk.
+# The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the
+# like do talk.
 NON_CHAT_ARCHITECTURE = re.compile(
     r"(?<!LMHead)Model$|ForMaskedLM$|ForFeatureExtraction$|For\w*Classification$"
 )
-# What configurations call the number of tokens that a model was made for, and its number of layers.
+REMOTE_CODE_MESSAGE = (
+    "{name} wants to run its own code: if you trust it, --trust-remote-code allows that."
+)
+NO_TEMPLATE_MESSAGE = (
+    "{name} has no chat template, so it can't hold a conversation: name its instruct-tuned sibling,"
+    f" or try {EXAMPLE_MODEL}."
+)
+# What configurations call the number of tokens that a model was made for.
 CONTEXT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -1068,297 +1766,632 @@ CONTEXT_KEYS = (
     "seq_length",
     "n_ctx",
 )
-LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
-# From here on a wait tells how long it takes.
-SHOW_RATE_AFTER_S = 5
+# The parts of a configuration that may hold that of the language model.
+LANGUAGE_MODEL_PARTS = ("text_config", "llm_config", "thinker_config")
+# No language model was made for fewer tokens than this, and a number beyond that says "no limit".
+MIN_CONTEXT_TOKENS = 2048
+MAX_CONTEXT_TOKENS = 1 << 60
+# The sampling that a model's author may recommend.
+RECOMMENDED_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def first_positive_int(config: dict[str, Any], keys: Sequence[str]) -> int | None:
-    """Return the first of these sizes that a configuration tells, or None."""
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    sizes = (part.get(key) for part in parts for key in keys)
-    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+@dataclasses.dataclass
+class ModelFiles:
+    """A model that was found: where its files are, and what its configuration says."""
+
+    name: str
+    folder: Path
+    # The folder of the repository in the hub cache; None for a folder of the user's own.
+    repository: Path | None
+    # The names of all files, also of those that are still to be downloaded.
+    names: Collection[str]
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # The chat template of a processor. A tokenizer doesn't load it by itself.
+    processor_template: Any = None
+    # What the configurations name as code: "module.Class", or "repository--module.Class".
+    code_references: Sequence[str] = ()
+    weight_bytes: int = 0
+    # The sizes of the files that are still to be downloaded.
+    missing: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def damaged_advice(self) -> str:
+        """Return what to do if a file is damaged."""
+        return damaged_advice(self.folder, self.repository)
+
+    def weights(self) -> list[Path]:
+        """Return the files of weights that are here."""
+        return [self.folder / name for name in sorted(fnmatch.filter(self.names, WEIGHTS))]
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files in a folder, also of those that are still coming."""
-    with contextlib.suppress(OSError):
-        return sum(entry.stat().st_size for entry in os.scandir(folder))
-    return 0
+class Memory(NamedTuple):
+    """The memory of this machine, and how much of it a model may use."""
+
+    total_bytes: int
+    usable_bytes: int
 
 
-class Loader:
-    """Finds, checks and loads one model. Every method raises `ChatError` where the model can't be used."""
+def damaged_advice(folder: Path, repository: Path | None) -> str:
+    """Return what to do if a file of a model in this folder is damaged."""
+    if repository:
+        return f"Remove {repository}, and it is downloaded again."
+    return f"Put a whole copy of the model into {folder}."
 
-    def __init__(self, settings: Settings, hosts: Hosts) -> None:
-        self._settings, self._hosts = settings, hosts
-        self._name = str(settings.model)
-        self._folder = Path(os.path.expanduser(self._name))
-        self._in_hub = not (self._name and os.path.isdir(self._folder))
-        if self._in_hub and (not REPOSITORY.fullmatch(self._name) or self._folder.exists()):
-            name = shorten(self._name)
-            raise ChatError(
-                f"'{name}' is neither a model folder nor a repository's name, such as {EXAMPLE_MODEL}."
-            )
-        if settings.revision and not self._in_hub:
-            raise ChatError(
-                f"{self._name} is a folder, which has no revisions: leave out --revision."
-            )
-        self._begin("looking for it")
 
-    @property
-    def is_downloading(self) -> bool:
-        return self._doing != "loading"
+# What can be said of a model by the names of its files and by its configuration.
 
-    def progress(self) -> str:
-        """Return what is going on, in words, for as long as `load` takes; another thread may ask."""
-        spent_s, done, total = time.monotonic() - self._since_s, self._done(), self._total
-        if not total:
-            return f"{self._doing}{f': {spent_s:.0f} s' * (spent_s > SHOW_RATE_AFTER_S)}"
-        line = f"{self._doing}: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
-        if self._doing == "loading" or not done or spent_s < SHOW_RATE_AFTER_S:
-            return line
-        left_s = max(0, round((total - done) * spent_s / done))
-        return f"{line} · {done / spent_s / 1e6:.1f} MB/s · {left_s // 60}:{left_s % 60:02} left"
 
-    def _begin(self, doing: str, total_bytes: int = 0, done: Callable[[], int] = lambda: 0) -> None:
-        self._doing, self._done, self._total, self._since_s = (
-            doing,
-            done,
-            total_bytes,
-            time.monotonic(),
+def check_file_names(name: str, names: Collection[str]) -> None:
+    """Raise `ChatError` if a model's files are none that MLX can load."""
+    if not fnmatch.filter(names, WEIGHTS):
+        endings = {Path(file).suffix for file in names}
+        formats = sorted(
+            {UNSUPPORTED_FORMATS[end] for end in endings if end in UNSUPPORTED_FORMATS}
+        )
+        held = f"holds no {WEIGHTS}"
+        if formats:
+            held = f"holds its weights as {' and '.join(formats)} files"
+        raise ChatError(f"{name} {held}, where MLX needs {WEIGHTS}: look for it at mlx-community.")
+    if "config.json" not in names:
+        raise ChatError(
+            f"{name} has no config.json: name a model's folder, or a Hugging Face repository."
         )
 
-    @silence_libraries()
-    def load(self) -> Model:
-        """Return the model, from its folder, from the hub cache, or downloaded."""
-        if self._in_hub:
-            self._find_in_hub()
-        if not os.path.isdir(os.environ.get("TMPDIR", "/")):
-            raise ChatError("TMPDIR names no folder, and MLX needs one: make it, or unset TMPDIR.")
-        weights = sorted(self._folder.glob(WEIGHTS))
-        read = preload_weights(weights)
-        self._begin("loading", done=lambda: sum(read))
-        config = self._check_folder(weights)
-        net, tokenizer = self._load_engine()
-        if tokenizer.chat_template is None and not getattr(tokenizer, "has_chat_template", False):
-            advice = f"name its instruct-tuned sibling, or try {EXAMPLE_MODEL}."
-            raise ChatError(
-                f"{self._name} has no chat template, so it can't hold a conversation: {advice}"
-            )
-        room = None if self._settings.force else self._room
-        advice = (
-            self._settings.apply_recommended(self._folder / "generation_config.json")
-            if self._settings.recommended
-            else ""
-        )
-        length, fingerprint = first_positive_int(config, CONTEXT_KEYS), self._fingerprint()
-        template = ChatTemplate(self._name, tokenizer)
-        return Model(self._name, net, template, length, self._hosts, advice, fingerprint, room)
 
-    def _fingerprint(self) -> str:
-        """Return the names, sizes and times of all files that shape the network, and mlx-lm's version."""
-        # Of a model in the hub cache the path names the commit.
-        files = [
-            file for pattern in (WEIGHTS, "*.json", "*.py") for file in self._folder.glob(pattern)
-        ]
-        files += [*Path(self._settings.adapter).glob("adapter*")] if self._settings.adapter else []
-        stats = [(str(file.absolute()), file.stat()) for file in sorted(files) if file.exists()]
-        return repr(
-            [
-                import_library("mlx_lm").__version__,
-                [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-            ]
+def check_purpose(
+    name: str, names: Collection[str], config: dict[str, Any], force: bool = False
+) -> None:
+    """Raise `ChatError` if a configuration is of no model, or of one that does not talk."""
+    if not isinstance(config.get("model_type"), str):
+        raise ChatError(
+            f"config.json of {name} names no model_type, so mlx-lm can't load it. Name another"
+            " model."
+        )
+    architectures = config.get("architectures")
+    words = architectures if isinstance(architectures, list) else []
+    never_talks = bool(words) and all(NON_CHAT_ARCHITECTURE.search(str(word)) for word in words)
+    if ("modules.json" in names or never_talks) and not force:
+        raise ChatError(
+            f"{name} is made for embeddings or labels, not for talking: name a chat model such as"
+            f" {EXAMPLE_MODEL}, or try it all the same with --force."
         )
 
-    def _broken(self, what: str) -> str:
-        if self._in_hub:
-            return f"{what}. Remove {self._folder.parent.parent}, and it is downloaded again."
-        return f"{what}. Put a whole copy of the model into {self._folder}."
 
-    def _find_in_hub(self) -> None:
-        name, revision = self._name, self._settings.revision
-        self._folder = hub_snapshot_folder(name, revision)
-        try:
-            with foreign(functools.partial(hub_error_message, name, revision)):
-                if missing_files(self._folder):
-                    self._download()
-        except KeyboardInterrupt as error:
-            raise ChatError(f"The download of {name} was stopped. {RETRY_HINT}", 130) from error
+def code_references(config: dict[str, Any]) -> list[str]:
+    """Return what the `auto_map` of a configuration names as code."""
+    auto_map = config.get("auto_map")
+    values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+    # A tokenizer has two: a slow one and a fast one.
+    nested = [value if isinstance(value, list) else [value] for value in values]
+    return [reference for part in nested for reference in part if isinstance(reference, str)]
 
-    def _download(self) -> None:
-        """Fetch what is missing of the repository into the hub cache, once it is known to be of use."""
-        from huggingface_hub import HfApi, constants, hf_hub_download
 
-        self._begin(
-            f"asking {constants.ENDPOINT} for {self._name}; it is tried again until it answers"
+def check_own_code(
+    name: str, config: dict[str, Any], references: Sequence[str], trusts_code: bool
+) -> None:
+    """Raise `ChatError` if a model wants to run code that is not allowed, or not its own."""
+    model_file = config.get("model_file")
+    # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
+    if model_file is not None and not trusts_code:
+        raise ChatError(REMOTE_CODE_MESSAGE.format(name=name))
+    outside = [reference for reference in references if "/" in reference.rpartition("--")[2]]
+    if model_file is not None and not is_plain_name(model_file):
+        outside.append(str(model_file))
+    if outside and trusts_code:
+        raise ChatError(
+            f"{name} names code outside of its folder, '{shorten(outside[0], 80)}': name another"
+            " model."
         )
-        name, revision, timeout = self._name, self._settings.revision, constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        self._check_names(sizes)
-        # By the revision's name, so that the cache notes which commit that is.
-        self._folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
-        self._check_config(sizes)
-        self._check_memory(sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS)))
-        wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
-        missing = sorted(
-            (file for file in wanted if not (self._folder / file).exists()), key=sizes.__getitem__
+
+
+def code_owners(found: ModelFiles) -> str:
+    """Return in one sentence whose code is about to run, or nothing if the model has none."""
+    references = [reference for reference in found.code_references if "--" in reference]
+    if not (references or fnmatch.filter(found.names, "*.py")):
+        return ""
+    owners = [f"the folder {found.folder.absolute()}"]
+    if found.repository:
+        owners = [f"the repository {found.name} at commit {found.folder.name}"]
+    others = sorted({reference.partition("--")[0] for reference in references})
+    owners += [f"the repository {shorten(other, 80)}" for other in others]
+    return f"Code of {' and of '.join(owners)} is about to run."
+
+
+def check_tokenizer_files(name: str, tokenizer_config: dict[str, Any]) -> None:
+    """Raise `ChatError` if a tokenizer's configuration names files outside of the model's folder.
+
+    Older libraries open what stands there.
+    """
+    for key, value in tokenizer_config.items():
+        # Many models have an absolute path of their author's machine here. No library opens it.
+        if not key.endswith(("_file", "_files")) or key == "special_tokens_map_file":
+            continue
+        for file in value if isinstance(value, list) else [value]:
+            path = Path(file) if isinstance(file, str) else Path()
+            if path.is_absolute() or ".." in path.parts:
+                raise ChatError(
+                    f"tokenizer_config.json of {name} names a {key} outside of its folder,"
+                    f" '{shorten(file, 80)}': name another model."
+                )
+
+
+def has_chat_template(
+    names: Collection[str], tokenizer_config: dict[str, Any], processor_template: Any = None
+) -> bool:
+    """Tell if one of a model's files is, or names, a chat template."""
+    if "chat_template.jinja" in names or processor_template:
+        return True
+    # The type is the name of a template that mlx-lm brings along.
+    return bool(tokenizer_config.get("chat_template") or tokenizer_config.get("chat_template_type"))
+
+
+def positive_int(value: Any) -> int | None:
+    """Return a number of tokens that a configuration gives, also as a float; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # A NaN compares false with everything.
+    return int(value) if 1 <= value < MAX_CONTEXT_TOKENS else None
+
+
+def language_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a configuration, and the parts of it that may be that of the language model."""
+    parts = [config.get(key) for key in LANGUAGE_MODEL_PARTS]
+    inner = [language_configs(part) for part in parts if isinstance(part, dict)]
+    return [config, *itertools.chain.from_iterable(inner)]
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Return the number of tokens that a model was made for, or None if that is not said."""
+    for part in language_configs(config):
+        lengths = [positive_int(part.get(key)) for key in CONTEXT_KEYS]
+        length = next(filter(None, lengths), None)
+        stretched = stretched_length(part, length)
+        if stretched or length:
+            return stretched or length
+    return None
+
+
+def stretched_length(config: dict[str, Any], length: int | None) -> int | None:
+    """Return the number of tokens that scaled positions reach, where a configuration gives fewer.
+
+    Many configurations give that number themselves, others only the original one.
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(scaling, dict):
+        return None
+    # Newer configurations have one entry for each kind of layer.
+    scaling = scaling.get("full_attention", scaling)
+    if not isinstance(scaling, dict) or not positive_int(scaling.get("factor")):
+        return None
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in ("yarn", "linear"):
+        return None
+    factor = float(scaling["factor"])
+    key = "original_max_position_embeddings"
+    original = positive_int(scaling.get(key)) or positive_int(config.get(key))
+    # Without an original length, yarn stretches the length itself. With linear scaling that is
+    # only sure where the length would have been stretched from less than any model has.
+    is_original = kind == "yarn" or (length or 0) < MIN_CONTEXT_TOKENS * factor
+    if original is None and is_original:
+        original = length
+    return max(length or 0, int(original * factor)) if original else None
+
+
+def recommended_sampling(config: dict[str, Any]) -> dict[str, str]:
+    """Return what a generation_config.json recommends, by the name of the setting, as texts."""
+    values = {name: config.get(name) for name in RECOMMENDED_SETTINGS}
+    if config.get("do_sample") is False:
+        values["temperature"] = 0
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def apply_recommended(settings: Settings, folder: Path) -> str:
+    """Take the author's sampling where the user said nothing; return what is new in a sentence.
+
+    What is no value here, such as a top_k of -1, is passed over. Raises `ChatError`.
+    """
+    file = folder / "generation_config.json"
+    with explain_errors(f"{file} can't be read", "Leave out --recommended.", *UNREADABLE):
+        recommended = recommended_sampling(read_json(file))
+    changed = []
+    for name, text in recommended.items():
+        before = getattr(settings, name)
+        if name in settings.sources:
+            continue
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            settings.set_from_text(name, text, file.name)
+        if getattr(settings, name) != before:
+            changed.append(f"{name.replace('_', '-')} {format_value(getattr(settings, name))}")
+    return f"Recommended for this model: {', '.join(changed)}." if changed else ""
+
+
+def check_memory(name: str, weight_bytes: int, memory: Memory, force: bool = False) -> int:
+    """Return the bytes that weights leave to a conversation, at least a little.
+
+    Raises `ChatError` if not even the weights fit.
+    """
+    if weight_bytes > memory.usable_bytes and not force:
+        raise ChatError(
+            f"{name} is too large: {weight_bytes / GIB:.1f} GiB of weights, where this machine has"
+            f" {memory.total_bytes / GIB:.1f} GiB of memory, {memory.usable_bytes / GIB:.1f} GiB of"
+            " it usable for a model. Name a smaller or more quantized one, or try it all the same"
+            " with --force."
         )
-        total, free = sum(map(sizes.__getitem__, missing)), shutil.disk_usage(self._folder).free
-        if total > free:
-            raise ChatError(
-                f"{name} does not fit on the disk: {total / GIB:.1f} GiB are still to be downloaded, where"
-                f" {hub_cache()} has {free / GIB:.1f} GiB free. {DISK_HINT}"
-            )
-        blobs = self._folder.parent.parent / "blobs"
-        before = folder_bytes(blobs)
-        self._begin("downloading", total, lambda: folder_bytes(blobs) - before)
-        # One after the other, and by this thread: huggingface-hub's snapshot_download waits on Ctrl+C until
-        # the files that its threads are at are done.
-        for file in missing:
-            hf_hub_download(name, file, revision=self._folder.name)
+    # A sixteenth is for the activations of a prefill step and for MLX's buffer cache.
+    reserve_bytes = memory.usable_bytes // 16
+    return max(memory.usable_bytes - reserve_bytes - weight_bytes, reserve_bytes)
 
-    def _check_folder(self, weights: Sequence[Path]) -> dict[str, Any]:
-        from safetensors import safe_open
 
-        with foreign(self._broken(f"{self._name} can't be read: {{}}")):
-            names = [entry.name for entry in self._folder.iterdir()]
-            self._check_names(names)
-            config = self._check_config(names)
-            self._total = sum(file.stat().st_size for file in weights)
-            self._room = self._check_memory(self._total)
-        tensors = 0
-        for file in weights:
-            # MLX before 0.30 loads a cut file without a word.
-            sentence = self._broken(f"{file.name} of {self._name} can't be loaded: {{}}")
-            with foreign(sentence), safe_open(file, "np") as opened:
-                tensors += len(opened.keys())
-        if (layers := first_positive_int(config, LAYER_KEYS) or 0) > tensors:
-            raise ChatError(f"{self._name} claims to have {layers:.0e} layers: name another model.")
-        adapter = self._settings.adapter
-        if adapter and not Path(adapter, "adapters.safetensors").exists():
-            raise ChatError(
-                f"There is no adapter in {adapter}: name a folder that holds an adapters.safetensors."
-            )
-        self._check_sharing(config)
-        return config
+# Finding a model. This runs on the main thread, where Ctrl+C may end it at any point, and without
+# the engine: only then does `--help` answer at once, and a wrong name, too.
 
-    def _check_names(self, files: Collection[str]) -> None:
-        formats = {
-            UNSUPPORTED_FORMATS[suffix]
-            for suffix in {Path(file).suffix for file in files} & {*UNSUPPORTED_FORMATS}
-        }
-        if not fnmatch.filter(files, WEIGHTS):
-            held = (
-                f"holds its weights as {' and '.join(sorted(formats))} files"
-                if formats
-                else f"holds no {WEIGHTS}"
-            )
-            raise ChatError(
-                f"{self._name} {held}, where MLX needs {WEIGHTS}: look for it at mlx-community."
-            )
-        if "config.json" not in files:
-            raise ChatError(
-                f"{self._name} has no config.json: name a model's folder, or a Hugging Face repository."
-            )
 
-    def _check_config(self, files: Collection[str]) -> dict[str, Any]:
-        """Return the configuration of a model that mlx-lm knows, that talks, and that brings no code to run."""
-        name, mlx_lm = self._name, import_library("mlx_lm")
-        with foreign(self._broken(f"config.json of {name} can't be read: {{}}")):
-            config: dict[str, Any] = json.loads((self._folder / "config.json").read_bytes())
-            model_type, architectures = config.get("model_type"), config.get("architectures") or []
-            silent = all(map(NON_CHAT_ARCHITECTURE.search, architectures)) and architectures
-        if not isinstance(model_type, str):
-            raise ChatError(
-                f"config.json of {name} names no model_type, so mlx-lm can't load it. Name another model."
-            )
-        if ("modules.json" in files or silent) and not self._settings.force:
-            raise ChatError(
-                f"{name} is made for embeddings or labels, not for talking: name a chat model such as {EXAMPLE_MODEL},"
-                " or try it all the same with --force."
-            )
-        # mlx-lm before 0.32 runs such a file unasked (CVE-2026-5843).
-        if config.get("model_file") is not None and not self._settings.trust_remote_code:
-            raise ChatError(REMOTE_CODE_MESSAGE.format(name))
-        # The look-up of mlx-lm's own `load`, which follows its tables of other names. A version that has moved it
-        # says the same a little later, when it loads.
-        look_up = getattr(mlx_lm.utils, "_get_classes", lambda config: None)
-        images = "; it is a model for images" * ("vision_config" in config)
-        with foreign(
-            f"{name} is of type {shorten(model_type)}, which mlx-lm {mlx_lm.__version__} doesn't know{images}: update"
-            " mlx-lm (the newest may need a newer Python), or name another model."
-        ):
-            if config.get("model_file") is None:
-                look_up(config)
-        return config
-
-    def _check_memory(self, weight_bytes: int) -> int:
-        """Return the bytes that so many of weights leave to a conversation on each host, at least a little."""
-        import mlx.core as mx
-
-        usable = memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if mx.metal.is_available():
-            # What Metal recommends at most.
-            device = (getattr(mx, "device_info", None) or mx.metal.device_info)()
-            usable = int(device.get("max_recommended_working_set_size") or memory)
-        share = weight_bytes // self._hosts.size
-        if share > usable and not self._settings.force:
-            raise ChatError(
-                f"{self._name} is too large: {share / GIB:.1f} GiB of weights, where this machine has"
-                f" {memory / GIB:.1f} GiB of memory, {usable / GIB:.1f} GiB of it usable for a model. Name a smaller or"
-                " more quantized one, or try it all the same with --force."
-            )
-        # A sixteenth is for what a step of a prompt's reading takes, and for what MLX keeps at hand.
-        return max(usable - usable // 16 - share, usable // 16)
-
-    def _check_sharing(self, config: dict[str, Any]) -> None:
-        if self._settings.adapter and self._hosts.size > 1:
-            raise ChatError(
-                "mlx-lm can't share an adapter among hosts: leave out --adapter, or use one host."
-            )
-        if self._hosts.broadcast(config) != config:
-            raise ChatError(f"{self._name} is another model here than on the first host.")
-        for key in ("num_attention_heads", "num_key_value_heads"):
-            # mlx-lm itself would round the number down.
-            if isinstance(config.get(key), int) and config[key] % self._hosts.size:
-                many = f"{self._hosts.size} hosts: its {key} are {config[key]}"
-                raise ChatError(f"{self._name} can't be shared evenly among {many}.")
-
-    def _load_engine(self) -> tuple[Any, Any]:
-        """Return the network, or this host's share of it, and the tokenizer."""
-        mlx_lm = import_library("mlx_lm")
-        load = (
-            mlx_lm.load
-            if self._hosts.size == 1
-            else getattr(mlx_lm.utils, "sharded_load", lambda: None)
+def wrong_name_message(name: str) -> str:
+    """Return the sentence for a name that is neither that of a folder nor that of a repository."""
+    shown, path = shorten(name), Path(os.path.expanduser(name))
+    if path.suffix.lower() in UNSUPPORTED_FORMATS:
+        return (
+            f"{shown} is a {UNSUPPORTED_FORMATS[path.suffix.lower()]} file, and MLX loads folders"
+            f" of {WEIGHTS}: look for the model at mlx-community, such as llmchat {EXAMPLE_MODEL}."
         )
-        known = inspect.signature(load).parameters
-        if "tokenizer_config" not in known:
-            # By itself an older `sharded_load` runs the code of any repository.
-            raise ChatError(
-                f"mlx-lm {mlx_lm.__version__} can't share a model among hosts safely: update it."
-            )
-        trust = {"trust_remote_code": self._settings.trust_remote_code}
-        # Older versions know but one of the two ways to allow a repository's code, and only `load` an adapter.
-        options = {"tokenizer_config": trust, "adapter_path": self._settings.adapter, **trust}
-        with foreign(self._load_failure):
-            net, tokenizer = load(
-                str(self._folder), **{name: options[name] for name in options.keys() & known.keys()}
-            )
-        return net, tokenizer
+    if os.path.isfile(path) or FILE_NAME.search(name):
+        return f"{shown} is a file: name the folder that holds the model, llmchat {path.parent}"
+    if re.fullmatch(r"[\w./-]+:[\w.-]+", name):
+        return (
+            f"{shown} is a name of another program's models: here it is a Hugging Face repository,"
+            f" such as {EXAMPLE_MODEL}."
+        )
+    folder = similar_model_folder(name)
+    hint = f"; did you mean {folder}?" if folder else "."
+    return (
+        f"'{shown}' is neither a model folder nor a repository's name,"
+        f" such as {EXAMPLE_MODEL}{hint}"
+    )
 
-    def _load_failure(self, error: BaseException) -> str:
-        name, words, adapter = self._name, error_text(error), self._settings.adapter
-        if "trust_remote_code" in str(error):
-            return REMOTE_CODE_MESSAGE.format(name)
-        if self._hosts.size > 1:
-            return f"The hosts could not load {name} together: {words}."
-        if adapter:
-            return f"{name} can't be loaded with {adapter}: {words}. Name another one."
-        missing = "".join(f". {file} is missing" for file in missing_files(self._folder)[:1])
-        return self._broken(f"{name} could not be loaded: {words}{missing}")
+
+@silence_libraries()
+def find_model(settings: Settings, hosts: Hosts, report: Callable[[Progress], None]) -> ModelFiles:
+    """Find the model that the settings name, in its folder, in the hub cache or on the hub.
+
+    What is on the hub is not downloaded yet, but for the small files that tell if it is of use.
+    `report` is told what goes on. Raises `ChatError` where the model can't be used.
+    """
+    name = str(settings.model)
+    report(Progress("looking for it"))
+    check_adapter(settings.adapter, hosts.size)
+    folder = Path(os.path.expanduser(name))
+    is_folder = bool(name) and os.path.isdir(folder)
+    is_file = os.path.isfile(folder) or bool(FILE_NAME.search(name))
+    is_repository = bool(REPOSITORY.fullmatch(name)) and not is_file
+    # Somebody else may have put a folder with the repository's name here, and code in it.
+    if is_repository and (settings.trust_remote_code or not is_folder):
+        return find_in_hub(name, settings, report)
+    if not is_folder:
+        raise ChatError(wrong_name_message(name))
+    if settings.trust_remote_code and not (folder.is_absolute() or name.startswith(".")):
+        raise ChatError(f"With --trust-remote-code a folder is named like this: ./{name}")
+    if settings.revision:
+        raise ChatError(f"{name} is a folder, which has no revisions: leave out --revision.")
+    with explain_errors(f"{name} can't be read", damaged_advice(folder, None), OSError):
+        names = sorted(entry.name for entry in folder.iterdir())
+    return read_model_files(ModelFiles(name, folder, None, names), settings)
+
+
+def find_in_hub(name: str, settings: Settings, report: Callable[[Progress], None]) -> ModelFiles:
+    """Find a repository in the hub cache, or else on the hub. Raises `ChatError`."""
+    revision = settings.revision
+    if revision and any(part in ("", ".", "..") for part in revision.split("/")):
+        raise ChatError(f"'{shorten(revision)}' can't be the name of a revision.")
+    repository = repository_folder(name)
+    what = f"{name} in the hub cache is damaged"
+    with explain_errors(what, damaged_advice(repository, repository), *UNREADABLE):
+        folder = locate(name, revision)
+        missing = missing_files(folder)
+    if missing:
+        with download_interruptible(name):
+            return ask_hub(name, settings, report)
+    found = ModelFiles(name, folder, repository, file_names(folder))
+    return read_model_files(found, settings)
+
+
+def ask_hub(name: str, settings: Settings, report: Callable[[Progress], None]) -> ModelFiles:
+    """Find a repository on the hub, and download its telling files. Raises `ChatError`."""
+    revision = settings.revision
+    check_endpoint(hub_constants().ENDPOINT, settings.force)
+    report(Progress(f"asking {hub_address()} for {name}; it is tried again until it answers"))
+    sizes = list_repository(name, revision)
+    check_file_names(name, sizes)
+    # By the revision's name, so that the cache notes which commit that is.
+    folder = fetch_file(name, revision, "config.json").parent
+    for file in TELLING_FILES:
+        if file in sizes:
+            fetch_file(name, folder.name, file)
+    found = ModelFiles(name, folder, repository_folder(name), list(sizes))
+    read_model_files(found, settings)
+    wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
+    found.missing = {file: sizes[file] for file in wanted if not os.path.exists(folder / file)}
+    found.weight_bytes = sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS))
+    return found
+
+
+@silence_libraries()
+def fetch_model(found: ModelFiles, report: Callable[[Progress], None]) -> None:
+    """Download what is missing of a model, and begin to read its weights.
+
+    Raises `ChatError`, also for Ctrl+C.
+    """
+    if found.missing:
+        with download_interruptible(found.name):
+            download_files(found.name, found.folder, found.missing, report)
+        found.missing = {}
+        found.names = file_names(found.folder)
+        check_plain_files(found)
+    with explain_errors(f"{found.name} can't be read", found.damaged_advice(), OSError):
+        found.weight_bytes = sum(file.stat().st_size for file in found.weights())
+    # The libraries are imported meanwhile.
+    preload = Preload(found.weights())
+    report(Progress("loading", found.weight_bytes, preload.done_bytes))
+
+
+def read_model_files(found: ModelFiles, settings: Settings) -> ModelFiles:
+    """Add what the configuration of a model says to what was found of it.
+
+    Raises `ChatError` where the model can't be used.
+    """
+    name, names = found.name, found.names
+    check_file_names(name, names)
+    check_plain_files(found)
+    found.config = read_config(found, "config.json")
+    found.tokenizer_config = read_config(found, "tokenizer_config.json")
+    if not found.tokenizer_config.get("chat_template") and "chat_template.jinja" not in names:
+        found.processor_template = read_config(found, "chat_template.json").get("chat_template")
+    processor_config = read_config(found, "processor_config.json")
+    configs = [found.config, found.tokenizer_config, processor_config]
+    found.code_references = [text for config in configs for text in code_references(config)]
+    check_purpose(name, names, found.config, settings.force)
+    check_own_code(name, found.config, found.code_references, settings.trust_remote_code)
+    check_tokenizer_files(name, found.tokenizer_config)
+    return found
+
+
+def read_config(found: ModelFiles, file: str) -> dict[str, Any]:
+    """Return what a configuration file of a model holds; nothing if the file isn't here."""
+    if not os.path.exists(found.folder / file):
+        return {}
+    what = f"{file} of {found.name} can't be read"
+    with explain_errors(what, found.damaged_advice(), *UNREADABLE):
+        return read_json(found.folder / file)
+
+
+def check_plain_files(found: ModelFiles) -> None:
+    """Raise `ChatError` if a file that a library may open is a pipe or a device.
+
+    A library would wait for a pipe for ever, and read a device until the memory is full.
+    """
+    for name in [name for pattern in NEEDED for name in fnmatch.filter(found.names, pattern)]:
+        file = found.folder / name
+        if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+            raise ChatError(
+                f"{name} of {found.name} can't be read: it is no plain file."
+                f" {found.damaged_advice()}"
+            )
+
+
+def adapter_folder(adapter: str | None) -> Path | None:
+    """Return the folder of an adapter, or None if there is none."""
+    return Path(os.path.expanduser(adapter)) if adapter else None
+
+
+def check_adapter(adapter: str | None, host_count: int = 1) -> None:
+    """Raise `ChatError` if an adapter can't be loaded, for instance because it lacks a file."""
+    folder = adapter_folder(adapter)
+    if folder is None:
+        return
+    if host_count > 1:
+        raise ChatError(
+            "mlx-lm can't share an adapter among hosts: leave out --adapter, or use one host."
+        )
+    for file in ("adapters.safetensors", "adapter_config.json"):
+        if not os.path.exists(folder / file):
+            raise ChatError(
+                f"There is no adapter in {folder}: {file} is missing there. Name a folder that"
+                " mlx_lm.lora has written."
+            )
+        if not os.path.isfile(folder / file):
+            raise ChatError(f"{folder / file} can't be read: it is no plain file.")
+    with explain_errors(f"{folder / 'adapter_config.json'} can't be read", "", *UNREADABLE):
+        read_json(folder / "adapter_config.json")
+
+
+# Loading a model. This may run on another thread than the main one: it waits for no key and for
+# no network, and needs no `KeyboardInterrupt`.
+
+
+def check_jinja() -> None:
+    """Raise `ChatError` for a Jinja that lets a chat template out of its sandbox."""
+    import importlib.metadata
+
+    jinja2 = import_library("jinja2")
+    version = getattr(jinja2, "__version__", "") or importlib.metadata.version("jinja2")
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    if numbers < (3, 1, 6):
+        raise ChatError(
+            f"jinja2 {version} lets a model's chat template run code (CVE-2025-27516): update it,"
+            " for instance with pip install --upgrade jinja2."
+        )
+
+
+def machine_memory() -> Memory:
+    """Return the memory of this machine."""
+    import mlx.core as mx
+
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not mx.metal.is_available():
+        return Memory(total_bytes, total_bytes)
+    # Older versions have the function in another module.
+    device_info = getattr(mx, "device_info", None) or mx.metal.device_info
+    recommended = int(device_info().get("max_recommended_working_set_size") or total_bytes)
+    return Memory(total_bytes, recommended)
+
+
+@silence_libraries()
+def check_engine(found: ModelFiles, settings: Settings, hosts: Hosts) -> int:
+    """Check that the engine can run a model, which may still have to be downloaded.
+
+    Returns the bytes of memory that are left to a conversation. Raises `ChatError`.
+    """
+    check_jinja()
+    module = None
+    if found.config.get("model_file") is None:
+        module = engine_module(found.name, found.config)
+    # The one module of mlx-lm that brings a template along names it there.
+    brings_template = "chat_template_type" in getattr(module, "TOKENIZER_DEFAULTS", {})
+    has_template = has_chat_template(found.names, found.tokenizer_config, found.processor_template)
+    if not (has_template or brings_template):
+        raise ChatError(NO_TEMPLATE_MESSAGE.format(name=found.name))
+    weight_bytes_per_host = found.weight_bytes // hosts.size
+    return check_memory(found.name, weight_bytes_per_host, machine_memory(), settings.force)
+
+
+def engine_module(name: str, config: dict[str, Any]) -> Any:
+    """Return mlx-lm's module for a kind of model. Raises `ChatError` if there is none."""
+    mlx_lm = import_library("mlx_lm")
+    parameters = inspect.signature(mlx_lm.utils.load_model).parameters
+    # This follows mlx-lm's tables of other names. A version without this parameter says what it
+    # doesn't know a little later, when it loads.
+    if "get_model_classes" not in parameters:
+        return None
+    # The import of an architecture may fail in any way, for instance on a MLX that is too old.
+    try:
+        network_class, _ = parameters["get_model_classes"].default(config)
+    except Exception as error:
+        images = "; it is a model for images" if "vision_config" in config else ""
+        raise ChatError(
+            f"{name} is of type {shorten(config['model_type'])}, which mlx-lm {mlx_lm.__version__}"
+            f" doesn't know{images}: update mlx-lm (the newest may need a newer Python), or name"
+            " another model."
+        ) from error
+    return sys.modules.get(network_class.__module__)
+
+
+def check_weights(file: Path, what: str, advice: str) -> None:
+    """Raise `ChatError` if a file of weights is damaged.
+
+    MLX before 0.31.2 takes what its header says unchecked, and loads a cut file without a word.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with explain_errors(what, advice, SafetensorError, OSError), safe_open(file, "np") as opened:
+        opened.keys()
+
+
+def check_sharing(found: ModelFiles, hosts: Hosts) -> None:
+    """Raise `ChatError` if several hosts can't hold a model together."""
+    if hosts.size == 1:
+        return
+    config = json.dumps(found.config)
+    if hosts.broadcast(config) != config:
+        raise ChatError(f"{found.name} is another model here than on the first host.")
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        heads = found.config.get(key)
+        # mlx-lm itself would round the number down.
+        if isinstance(heads, int) and heads % hosts.size:
+            raise ChatError(
+                f"{found.name} can't be shared evenly among {hosts.size} hosts: its {key} are"
+                f" {heads}."
+            )
+
+
+def load_engine(found: ModelFiles, settings: Settings, hosts: Hosts) -> tuple[Any, Any]:
+    """Return the network, or this host's part of it, and the tokenizer."""
+    mlx_lm = import_library("mlx_lm")
+    load = mlx_lm.load
+    if hosts.size > 1:
+        load = getattr(mlx_lm.utils, "sharded_load", None)
+    parameters = inspect.signature(load).parameters if load else {}
+    if "tokenizer_config" not in parameters:
+        # An older `sharded_load` runs the code of any repository.
+        raise ChatError(
+            f"mlx-lm {mlx_lm.__version__} can't share a model among hosts safely: update it."
+        )
+    trusts_code = settings.trust_remote_code
+    tokenizer_config = {"trust_remote_code": trusts_code}
+    if found.processor_template:
+        tokenizer_config["chat_template"] = found.processor_template
+    adapter = adapter_folder(settings.adapter)
+    # Older versions know but one of the two ways to allow a repository's code, and only `load`
+    # takes an adapter.
+    options = {
+        "tokenizer_config": tokenizer_config,
+        "trust_remote_code": trusts_code,
+        "adapter_path": str(adapter) if adapter else None,
+    }
+    known = {name: value for name, value in options.items() if name in parameters}
+    try:
+        network, tokenizer = load(str(found.folder), **known)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # A panic of a Rust library is no `Exception`.
+    except BaseException as error:
+        raise ChatError(load_error_message(found, settings, hosts, error)) from error
+    return network, tokenizer
+
+
+def load_error_message(
+    found: ModelFiles, settings: Settings, hosts: Hosts, error: BaseException
+) -> str:
+    """Return the sentence for an error of mlx-lm while it loads a model."""
+    text = error_text(error)
+    if "trust_remote_code" in str(error):
+        return REMOTE_CODE_MESSAGE.format(name=found.name)
+    if hosts.size > 1:
+        return f"The hosts could not load {found.name} together: {text}."
+    if settings.adapter:
+        return f"{found.name} can't be loaded with {settings.adapter}: {text}. Name another one."
+    missing = known_missing_files(found.folder)
+    if missing:
+        text += f". {missing[0]} is missing"
+    return f"{found.name} could not be loaded: {text}. {found.damaged_advice()}"
+
+
+def fingerprint(found: ModelFiles, settings: Settings) -> str:
+    """Return the version of mlx-lm, and the sizes and times of all files that shape the network."""
+    patterns = (WEIGHTS, "*.json", "*.py")
+    # Of a model in the hub cache the path names the commit.
+    names = [name for pattern in patterns for name in fnmatch.filter(found.names, pattern)]
+    files = [found.folder / name for name in names]
+    if adapter := adapter_folder(settings.adapter):
+        files += adapter.glob("adapter*")
+    stats = [(str(file.absolute()), file.stat()) for file in sorted(files) if file.exists()]
+    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
+    return repr([import_library("mlx_lm").__version__, facts])
+
+
+@silence_libraries()
+def load_model(found: ModelFiles, settings: Settings, hosts: Hosts) -> Model:
+    """Load a model whose files are here. Raises `ChatError` where it can't be used."""
+    memory_bytes = check_engine(found, settings, hosts)
+    for file in found.weights():
+        what = f"{file.name} of {found.name} can't be loaded"
+        check_weights(file, what, found.damaged_advice())
+    if adapter := adapter_folder(settings.adapter):
+        what = f"{found.name} can't be loaded with {adapter}"
+        check_weights(adapter / "adapters.safetensors", what, "Name another adapter.")
+    check_sharing(found, hosts)
+    network, tokenizer = load_engine(found, settings, hosts)
+    # mlx-lm has templates that are functions, for models whose authors give none.
+    is_function = getattr(tokenizer, "has_chat_template", False)
+    if tokenizer.chat_template is None and not is_function:
+        raise ChatError(NO_TEMPLATE_MESSAGE.format(name=found.name))
+    return Model(
+        found.name,
+        network,
+        ChatTemplate(found.name, tokenizer),
+        context_length(found.config),
+        hosts,
+        fingerprint(found, settings),
+        None if settings.force else memory_bytes,
+    )
 
 
 # ---------------------------------------------------------------------------------- Prompt cache
@@ -2948,38 +3981,6 @@ STDIN_TOO_LARGE_MESSAGE = (
 STDIN_NOTICE_AFTER_S = 1.0
 
 DAY_S = 24 * 60 * 60
-
-
-def open_plain_file(path: str | Path, mode: str = "r") -> io.FileIO:
-    """Open a file in a mode of `io.FileIO`; a file that is created is for the user alone.
-
-    Raises `OSError`, also for what is no plain file: a pipe may never be written to, and a device
-    may have no end.
-    """
-
-    def opener(name: str, flags: int) -> int:
-        # Without O_NONBLOCK opening a pipe would wait for its other end.
-        return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
-
-    file = io.FileIO(str(path), mode, opener=opener)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError("it is no plain file")
-    return file
-
-
-def read_whole(file: io.FileIO, max_bytes: int) -> bytes:
-    """Return what an open file holds. Raises `OSError` if that is more than `max_bytes`."""
-    data = bytearray()
-    file.seek(0)
-    too_large = os.fstat(file.fileno()).st_size > max_bytes
-    # The size alone does not tell: a file may grow meanwhile, and those of /proc have none.
-    while not too_large and (part := file.read(1 << 20)):
-        data += part
-        too_large = len(data) > max_bytes
-    if too_large:
-        raise OSError(f"it is larger than {max_bytes >> 20} MB")
-    return bytes(data)
 
 
 def decode_text(data: bytes, first_line: int = 1) -> str:
@@ -5281,7 +6282,7 @@ def completions(line: str) -> list[str]:
         candidates = (
             f"/set {key} "
             for key, (name, no) in KEYS.items()
-            if OPTIONS[name].scope is CHAT and not no
+            if OPTIONS[name].scope is Scope.CHAT and not no
         )
     elif word == "/save":
         candidates = [f"/save {path}" for path in matching_paths(rest)]
@@ -5425,11 +6426,8 @@ def answer(chat: Chat, text: str) -> None:
 @command("/system", "[TEXT]")
 def system_prompt(chat: Chat, text: str) -> None:
     """Show or set the system prompt; - removes it."""
-    if text == "-":
-        chat.settings.system = None
-    elif text:
-        chat.settings.system = text
-        chat.settings.sources["system"] = "here"
+    if text:
+        chat.settings.set_value("system", None if text == "-" else text, "here")
     shown = chat.settings.system or "There is no system prompt."
     if text:
         chat.screen.notice(f"The system prompt: {shown}" if text != "-" else shown)
@@ -5442,15 +6440,20 @@ def change_setting(chat: Chat, text: str) -> None:
     """List the settings, show one, or change it; the value default puts it back."""
     settings = chat.settings
     key, _, value = re.sub(r"[\s=]+", " ", text, count=1).partition(" ")
-    name = KEYS.get(key.lower().replace("_", "-"), ("", False))[0]
-    if not value and (name or not key):
-        names = [name] if name else list(OPTIONS)
+    found = find_key(key)
+    if not value and (found or not key):
+        names = [found.name] if found else list(OPTIONS)
         chat.screen.write(format_table(settings_table(settings, names)))
         return
-    try:
-        name = settings.set_from_text(key, value.strip(), "here", [CHAT])
-    except argparse.ArgumentTypeError as error:
-        raise ChatError(f"{key} {error}") from error
+    if found and value == "default" and OPTIONS[found.name].scope is Scope.CHAT:
+        settings.reset(found.name)
+        name = found.name
+    else:
+        with_key = shorten(key, 40)
+        try:
+            name = settings.set_from_text(key, value.strip(), "here")
+        except argparse.ArgumentTypeError as error:
+            raise ChatError(f"{with_key} {error}") from error
     shown = format_value(getattr(settings, name))
     chat.screen.notice(f"{name.replace('_', '-')} = {shown}")
     # The engine may still be at work.
@@ -5465,7 +6468,7 @@ def settings_table(settings: Settings, names: Sequence[str]) -> list[tuple[str, 
     """Return a row for each setting that may be changed in a chat: key, value, source."""
     rows = []
     for name in names:
-        if OPTIONS[name].scope is CHAT:
+        if OPTIONS[name].scope is Scope.CHAT:
             value = strip_control_characters(format_value(getattr(settings, name)))
             source = settings.sources.get(name, "default")
             rows.append((name.replace("_", "-"), value, source))
@@ -5910,7 +6913,7 @@ def open_session(
     if settings.session is not None:
         session = SessionFile(Path(os.path.expanduser(settings.session)))
     elif settings.resume:
-        if not settings.keep and settings.sources["keep"] == "flag":
+        if settings.keep is False and settings.sources["keep"] == "flag":
             raise ChatError("-c writes to the saved chat, and --no-keep to none: leave out one.", 2)
         named = ""
         if settings.sources.get("model") == "flag":
@@ -5946,15 +6949,24 @@ def load(settings: Settings, screen: Screen, hosts: Hosts, engine: Engine) -> Mo
         screen.write(f"Loading model {strip_control_characters(settings.model)}...\n")
     if asked != settings.model and screen.interactive:
         screen.notice(f"{asked} is {settings.model} here.")
-    loader = Loader(settings, hosts)
-    with screen.status(loader.progress):
-        try:
-            model = engine.call(loader.load)
-        except KeyboardInterrupt as error:
-            if loader.is_downloading:
-                stopped = f"The download of {settings.model} was stopped. {RETRY_HINT}"
-                raise ChatError(stopped, 130) from error
-            raise
+    current = Progress("looking for it")
+
+    def report(progress: Progress) -> None:
+        nonlocal current
+        current = progress
+
+    with screen.status(lambda: current.text()):
+        found = find_model(settings, hosts, report)
+        if settings.trust_remote_code and (owners := code_owners(found)):
+            screen.notice(owners)
+        use_private_kernels()
+        if found.missing:
+            # What can be known before the weights are downloaded is said before.
+            engine.call(check_engine, found, settings, hosts)
+        fetch_model(found, report)
+        model = engine.call(load_model, found, settings, hosts)
+    if settings.recommended and (sentence := apply_recommended(settings, found.folder)):
+        screen.notice(sentence)
     if settings.prompt is None:
         screen.write("Model loaded successfully!\n")
     return model
@@ -5977,6 +6989,8 @@ def run(
     prompt = None
     if settings.prompt is not None:
         prompt = one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1, screen.notice)
+    elif notice := folder_config_notice(settings):
+        screen.notice(notice)
     is_chat_on_terminal = editor.interactive and prompt is None
     if is_chat_on_terminal:
         # Before the model loads: keys that are typed meanwhile wait for the prompt.
@@ -6021,8 +7035,6 @@ def open_chat(
         draft = ""
     files = new_files(settings, messages)
     model = load(settings, screen, hosts, engine)
-    if model.recommended:
-        screen.notice(model.recommended)
     conversation = Conversation(engine, model, settings, messages)
     if session and settings.keep_state and is_private(session.state_path):
         conversation.load_state(session.state_path)
@@ -6030,7 +7042,7 @@ def open_chat(
     places = {}
     if saves_chats and session is None:
         places["chats"] = saved_chats.folder
-    if editor.interactive and settings.keep and settings.prompt is None:
+    if editor.interactive and settings.keep is not False and settings.prompt is None:
         places["prompts"] = Path(os.path.expanduser(HISTORY_FILE))
     if warning := unsaved_warning(places):
         screen.notice(warning)
@@ -6054,12 +7066,11 @@ def will_save_chats(settings: Settings, screen: Screen, hosts: Hosts) -> bool:
     """Return whether what has no session file of its own is saved among the user's chats."""
     if settings.prompt is not None or hosts.rank:
         return False
-    if settings.resume:
-        return True
+    if settings.keep is not None:
+        return settings.keep or settings.resume
     # A chat that is piped in is only saved if that was asked for.
     is_typed = sys.stdin.isatty() or screen.interactive
-    was_asked_for = settings.session is not None or "keep" in settings.sources
-    return settings.keep and (is_typed or was_asked_for)
+    return is_typed or settings.resume or settings.session is not None
 
 
 def new_files(settings: Settings, messages: Sequence[Message]) -> dict[str, str]:
@@ -6097,7 +7108,7 @@ def open_terminal(hosts: Hosts, settings: Settings) -> Iterator[tuple[Screen, Li
     if hosts.rank:
         out = err = open(os.devnull, "w")
     elif not access_problem(history_path):
-        history = PromptHistory(history_path, settings.keep)
+        history = PromptHistory(history_path, keep=settings.keep is not False)
     on_terminal = sys.stdin.isatty() and out.isatty()
     # mlx.launch sets COLUMNS for the processes that it starts if its own output is a terminal.
     launched_on_terminal = hosts.size > 1 and "COLUMNS" in os.environ

@@ -38,7 +38,7 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests: on the oldest Python with the oldest libraries that are allowed, else with the newest."""
-    oldest = [need.replace(">=", "==") for need in nox.project.load_toml("pyproject.toml")["project"]["dependencies"]]
+    oldest = [need.replace(">=", "==", 1) for need in nox.project.load_toml("pyproject.toml")["project"]["dependencies"]]
     session.install(".", "pytest>=8", "pytest-xdist>=3", "nox", *(oldest if session.python == PYTHONS[0] else []))
     session.run("pytest", "-n", "2", *session.posargs)
 

@@ -659,6 +659,8 @@ class Hub(http.server.ThreadingHTTPServer):
         # By repository, or by repository and file: a status, error code and page to answer, or "cut" or "stall".
         self.faults: dict[str, tuple | str] = {}
         self.requests: list[str] = []
+        # What all answers have in their headers, in place of what they should.
+        self.headers: dict[str, str] = {}
         self.resume = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -716,9 +718,10 @@ class Request(http.server.BaseHTTPRequestHandler):
     def _send(self, status: int, code: str = "", body: bytes = b"", cut: bool = False) -> None:
         start = int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0)
         self.send_response(206 if start else status)
-        about = {"X-Repo-Commit": Hub.COMMIT, "ETag": f'"{hash(body)}"', "X-Error-Code": code, "Accept-Ranges": "bytes"}
+        about = {"X-Repo-Commit": Hub.COMMIT, "X-Error-Code": code, "Accept-Ranges": "bytes"}
+        about["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
         sizes = {"Content-Length": len(body) - start, "Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
-        for name, value in {**about, **sizes}.items():
+        for name, value in {**about, **sizes, **self.server.headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -794,6 +797,312 @@ def test_a_wrong_config_line_is_named_with_file_and_line(home, chat) -> None:
     config.write_bytes(b"\xff\xfe")
     done = chat("model")
     assert (done.code, done.complaint) == (2, Like("*could not be read*"))
+
+
+CONFIG_VALUES = {
+    "plain": "plain",
+    "plain # comment": "plain",
+    "You are #1.": "You are #1.",
+    '"Use # for headings"  # comment': "Use # for headings",
+    '"He said "hi" to # me"': 'He said "hi" to # me',
+    r'"a \"quoted\" # word"': 'a "quoted" # word',
+    r'"one\ntwo\tthree\\four\five"': "one\ntwo\tthree\\four\\five",
+    r"'one\ntwo # three'": r"one\ntwo # three",
+    "'It's fine'": "It's fine",
+    "'tis the season": "'tis the season",
+    '""': "",
+}
+
+
+@pytest.mark.parametrize(("text", "value"), CONFIG_VALUES.items())
+def test_a_config_value_is_read_with_its_quotes_before_comments(text, value) -> None:
+    assert llmchat.parse_config_value(f" {text} ") == value
+
+
+@pytest.mark.parametrize("text", ["default", "= x", "true"])
+def test_a_text_is_no_word_of_the_parser_of_settings(text, home) -> None:
+    (home / "config").write_text(f"system = {text}\n")
+    settings = Settings()
+    settings.load_file(home / "config", llmchat.FOLDER_CONFIG_SCOPES)
+    assert settings.system == text
+    settings.set_value("system", "x", "here")
+    settings.reset("system")
+    assert (settings.system, settings.sources) == (None, {})
+
+
+FOLDER_LINES = {
+    "revision = x": "on the command line or in ~/.llmchat_config",
+    "adapter = x": "on the command line or in ~/.llmchat_config",
+    "force = true": "on the command line or in ~/.llmchat_config",
+    "no-keep = true": "on the command line or in ~/.llmchat_config",
+    "keep_state = true": "on the command line or in ~/.llmchat_config",
+    "chats = true": "on the command line",
+}
+
+
+@pytest.mark.parametrize(("line", "place"), FOLDER_LINES.items())
+def test_the_working_folder_chooses_neither_what_is_loaded_nor_what_is_kept(
+    line, place, home, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".llmchat_config").write_text(line)
+    with pytest.raises(ChatError) as refused:
+        llmchat.read_settings(["model"])
+    key = line.partition(" ")[0]
+    assert str(refused.value) == f".llmchat_config:1: {key} can only be given {place}"
+    assert refused.value.status == 2
+    # In the home the same file counts, also where the home is the working folder.
+    if key != "chats":
+        (tmp_path / ".llmchat_config").rename(home / ".llmchat_config")
+        monkeypatch.chdir(home)
+        llmchat.read_settings(["model"])
+
+
+@pytest.mark.parametrize("line", ["system = x", "model = x", "no-history = true"])
+def test_where_code_is_trusted_the_working_folder_sets_sampling_and_looks_alone(
+    line, home, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".llmchat_config").write_text(f"temperature = 0.1\n{line}\n")
+    settings = llmchat.read_settings(["m"])
+    assert llmchat.folder_config_notice(settings).startswith("./.llmchat_config sets ")
+    with pytest.raises(ChatError, match="can't be given here together with"):
+        llmchat.read_settings(["m", "--trust-remote-code"])
+
+
+@pytest.mark.parametrize("file", ["pipe", "device", "folder"])
+def test_a_config_file_that_is_no_plain_file_is_not_waited_for(file, home, chat) -> None:
+    config = home / ".llmchat_config"
+    {"pipe": os.mkfifo, "folder": os.mkdir}.get(file, lambda path: path.symlink_to("/dev/zero"))(
+        config
+    )
+    done = chat("model")
+    assert (done.code, done.complaint) == (
+        2,
+        Like(f"{config} could not be read: it is no plain file. *"),
+    )
+
+
+COMMAND_LINES = {
+    "-c": {"resume": True},
+    "-c own/model": {"resume": True, "model": "own/model"},
+    "-c 3": {"resume": True, "resume_number": 3},
+    "3 --resume": {"resume": True, "resume_number": 3},
+    "-c ./3": {"resume": True, "model": "./3"},
+    "3": {"model": "3"},
+    "m -p -5+3": {"model": "m", "prompt": "-5+3"},
+    "m -p -": {"model": "m", "prompt": "-"},
+    "m --system -x --stats": {"model": "m", "system": "-x", "stats": True},
+    "m --think": {"model": "m", "think": True},
+    "--think m": {"model": "m", "think": True},
+    "m --think high": {"model": "m", "think": "high"},
+    "--no-think m --no-keep": {"model": "m", "think": False, "keep": False},
+    "--chats --no-read-ahead": {"chats": True, "read_ahead": False},
+}
+
+
+@pytest.mark.parametrize(("line", "flags"), COMMAND_LINES.items())
+def test_a_command_line_says_what_it_seems_to(line, flags) -> None:
+    assert llmchat.read_flags(line.split()) == flags
+
+
+OTHER_PROGRAMS = {
+    "run own/model": "llmchat own/model",
+    "run own/model Hello you": "llmchat own/model -p 'Hello you'",
+    "pull": "llmchat MODEL",
+    "list": "llmchat alone lists the models",
+    "list --all": "llmchat alone lists the models",
+    "help": "llmchat --help",
+    "m Why not": "llmchat m -p 'Why not'",
+    "-c 0": "llmchat --chats lists them",
+    "m -p --stats": "a value that starts with - follows a =, as in --prompt=-1",
+    "m --list": "there is no flag --list; --help lists them",
+    "m --port": "there is no flag --port; --help lists them",
+    "m --top_p": "there is no flag --top_p; did you mean --top-p?",
+    "m --temp 1": "there is no flag --temp; did you mean --temperature?",
+    "m --model x": "the model is named without a flag: llmchat MODEL",
+}
+
+
+@pytest.mark.parametrize(("line", "advice"), OTHER_PROGRAMS.items())
+def test_a_command_line_of_another_program_is_told_what_was_meant(line, advice, capsys) -> None:
+    assert llmchat.main(line.split()) == 2
+    assert advice in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_error_of_the_command_line_shows_no_control_characters(capsys) -> None:
+    assert llmchat.main(["m", "--\x1b[2Jx"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+CONTEXT_LENGTHS = [
+    ({"max_position_embeddings": 4096}, 4096),
+    ({"max_position_embeddings": 4096.0}, 4096),
+    ({"max_position_embeddings": True, "n_ctx": 7}, 7),
+    ({"max_position_embeddings": "4096"}, None),
+    ({"max_position_embeddings": float("inf")}, None),
+    ({"max_position_embeddings": float("nan"), "n_positions": 0}, None),
+    ({"text_config": {"max_position_embeddings": 8}}, 8),
+    ({"llm_config": {"max_position_embeddings": 8}}, 8),
+    ({"thinker_config": {"text_config": {"max_position_embeddings": 8}}}, 8),
+    ({"text_config": [8]}, None),
+]
+YARN = {"rope_type": "yarn", "factor": 4.0}
+ORIGINAL = {"original_max_position_embeddings": 32768}
+STRETCHED = [
+    # Qwen's advice for long texts, DeepSeek's own configuration, and one without an own length.
+    ({"max_position_embeddings": 40960, "rope_scaling": {**YARN, **ORIGINAL}}, 131072),
+    ({"max_position_embeddings": 131072, "rope_scaling": {**YARN, **ORIGINAL}}, 131072),
+    ({"rope_scaling": {**YARN, **ORIGINAL}}, 131072),
+    ({"rope_scaling": YARN, **ORIGINAL}, 131072),
+    ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 131072),
+    # Newer names, and an entry for each kind of layer.
+    ({"rope_parameters": {"full_attention": {**YARN, **ORIGINAL}}}, 131072),
+    # Vicuna gives the original length, Gemma 3 the stretched one.
+    ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4}}, 16384),
+    ({"max_position_embeddings": 131072, "rope_scaling": {"type": "linear", "factor": 8}}, 131072),
+    # Other ways of scaling have their own length in the configuration.
+    ({"max_position_embeddings": 4096, "rope_scaling": {**YARN, "rope_type": "llama3"}}, 4096),
+    ({"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "yarn", "factor": "x"}}, 4096),
+    ({"max_position_embeddings": 4096, "rope_scaling": "yarn"}, 4096),
+]
+
+
+@pytest.mark.parametrize(("config", "length"), [*CONTEXT_LENGTHS, *STRETCHED])
+def test_the_context_length_is_read_wherever_a_configuration_has_it(config, length) -> None:
+    assert llmchat.context_length(config) == length
+
+
+CHECKS = {
+    "GGUF": (llmchat.check_file_names, (["a.gguf", "config.json"],), "its weights as GGUF files"),
+    "no weights": (llmchat.check_file_names, (["config.json"],), "holds no model*.safetensors"),
+    "no configuration": (llmchat.check_file_names, (["model.safetensors"],), "has no config.json"),
+    "no model_type": (llmchat.check_purpose, ([], {"model_type": 1}), "names no model_type"),
+    "an embedding": (
+        llmchat.check_purpose,
+        ([], {"model_type": "x", "architectures": ["BertModel"]}),
+        "is made for embeddings or labels",
+    ),
+    "sentences": (llmchat.check_purpose, (["modules.json"], {"model_type": "x"}), "is made for *"),
+    "own code": (
+        llmchat.check_own_code,
+        ({"model_file": "x.py"}, [], False),
+        "wants to run its own",
+    ),
+    "code above": (llmchat.check_own_code, ({"model_file": "../x.py"}, [], True), "outside of its"),
+    "code elsewhere": (llmchat.check_own_code, ({}, ["/tmp/x.Y"], True), "outside of its folder"),
+    "code beside": (llmchat.check_own_code, ({}, ["a/b--../x.Y"], True), "outside of its folder"),
+    "absolute file": (llmchat.check_tokenizer_files, ({"vocab_file": "/x"},), "names a vocab_file"),
+    "climbing file": (llmchat.check_tokenizer_files, ({"a_file": "x/../y"},), "names a a_file"),
+    "list of files": (llmchat.check_tokenizer_files, ({"a_files": ["../y"]},), "names a a_files"),
+    "too large": (
+        llmchat.check_memory,
+        (2 << 30, llmchat.Memory(1 << 31, 1 << 30)),
+        "is too large",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHECKS)
+def test_what_is_wrong_with_a_model_is_known_from_names_and_configuration(case) -> None:
+    check, arguments, sentence = CHECKS[case]
+    with pytest.raises(ChatError) as refused:
+        check("own/{}", *arguments)
+    assert fits(f"own/{{}}*{sentence}").search(str(refused.value))
+
+
+PASSED = {
+    "a model": (llmchat.check_file_names, (["model-1.safetensors", "config.json", "a.bin"],)),
+    "a talker": (
+        llmchat.check_purpose,
+        ([], {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+    ),
+    "odd architectures": (
+        llmchat.check_purpose,
+        ([], {"model_type": "x", "architectures": {"a": 1}}),
+    ),
+    "forced": (llmchat.check_purpose, (["modules.json"], {"model_type": "x"}, True)),
+    "trusted code": (llmchat.check_own_code, ({"model_file": "x.py"}, ["a/b--m.C", "m.C"], True)),
+    "unused code": (llmchat.check_own_code, ({}, ["/tmp/x.Y"], False)),
+    "own files": (
+        llmchat.check_tokenizer_files,
+        ({"vocab_file": "v.txt", "a_file": None, "x": "/"},),
+    ),
+    "an author's path": (llmchat.check_tokenizer_files, ({"special_tokens_map_file": "/home/x"},)),
+    "memory": (llmchat.check_memory, (1 << 30, llmchat.Memory(1 << 40, 1 << 30))),
+    "forced memory": (llmchat.check_memory, (1 << 40, llmchat.Memory(1, 1), True)),
+}
+
+
+@pytest.mark.parametrize("case", PASSED)
+def test_a_model_with_nothing_wrong_passes(case) -> None:
+    check, arguments = PASSED[case]
+    check("own/model", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("names", "tokenizer_config", "processor_template", "found"),
+    [
+        ([], {}, None, False),
+        ([], {"chat_template": None}, "", False),
+        (["chat_template.jinja"], {}, None, True),
+        ([], {"chat_template": "{{ 1 }}"}, None, True),
+        ([], {"chat_template": [{"name": "default", "template": "x"}]}, None, True),
+        ([], {"chat_template_type": "deepseek_v32"}, None, True),
+        (["chat_template.json"], {}, "{{ 1 }}", True),
+    ],
+)
+def test_a_chat_template_is_known_from_the_small_files(
+    names, tokenizer_config, processor_template, found
+) -> None:
+    assert llmchat.has_chat_template(names, tokenizer_config, processor_template) is found
+
+
+ENDPOINTS = {
+    "https://huggingface.co": "",
+    "https://user:secret@hub.example:8443/models": "",
+    "http://localhost:8080": "",
+    "http://127.0.0.9": "",
+    "http://[::1]:80": "",
+    "http://user:secret@hub.example": "over plain http anybody",
+    "http://192.168.0.1": "over plain http anybody",
+    "http://localhost.example": "over plain http anybody",
+    "hub.example": "which is no address of a hub",
+    "ftp://user:secret@hub.example": "which is no address of a hub",
+    "http://user:sec/ret@localhost": "which is no address of a hub",
+    "https://hub.example:secret": "which is no address of a hub",
+    "https://": "which is no address of a hub",
+}
+
+
+@pytest.mark.parametrize(("address", "sentence"), ENDPOINTS.items())
+def test_a_hub_is_asked_where_nobody_can_change_the_answer(address, sentence) -> None:
+    if not sentence:
+        llmchat.check_endpoint(address, force=False)
+        return
+    with pytest.raises(ChatError, match=sentence) as refused:
+        llmchat.check_endpoint(address, force=False)
+    assert "user" not in str(refused.value)
+    assert "sec/" not in str(refused.value)
+    if address.startswith("http://") and "plain" in sentence:
+        llmchat.check_endpoint(address, force=True)
+
+
+def test_only_a_name_within_its_folder_is_a_plain_one() -> None:
+    for name in ("model.safetensors", ".hidden", "a b", "x" * 255, "\ud800"):
+        assert llmchat.is_plain_name(name)
+    for name in ("", ".", "..", "a/b", "/a", "../a", "a\0", "x" * 256, 1, None, ["a"], {}):
+        assert not llmchat.is_plain_name(name)
+
+
+def test_progress_says_what_goes_on_and_how_far_it_is() -> None:
+    assert llmchat.Progress("looking for it").text() == "looking for it"
+    halfway = llmchat.Progress("downloading", 2_000_000_000, lambda: 1_000_000_000, predicts=True)
+    assert halfway.text() == "downloading: 1.0 of 2.0 GB"
+    halfway._started_s -= 10
+    assert fits("downloading: 1.0 of 2.0 GB · * MB/s · 0:* left").fullmatch(halfway.text())
 
 
 THINK, RESPONSE = ("<think>", "</think>"), ("<think>", "</think>", "<response>", "</response>")
@@ -1138,7 +1447,10 @@ def model(request, common):
 
 
 def loaded(folder: str, hosts: llmchat.Hosts | None = None) -> llmchat.Model:
-    return ENGINE.call(llmchat.Loader(Settings(model=folder), hosts or llmchat.Hosts()).load)
+    settings = Settings(model=folder)
+    hosts = hosts or llmchat.Hosts()
+    found = llmchat.find_model(settings, hosts, lambda progress: None)
+    return ENGINE.call(llmchat.load_model, found, settings, hosts)
 
 
 def load(common: Path, name: str) -> llmchat.Model:
@@ -2868,8 +3180,9 @@ def test_what_the_author_recommends_is_taken_where_the_user_says_nothing(demo, c
     assert done.err == "Recommended for this model: temperature 0.1.\n"
     assert "temperature  0.1  generation_config.json" in done.out
     assert "temperature  0.7  default" in chat(model, stdin="/set temperature\n").out
-    model = changed(tmp_path / "odd", demo, put("generation_config.json", '{"top_p": 7}'))
-    assert "top_p of generation_config.json must be" in chat(model, "--recommended").complaint
+    odd = {"top_p": 7, "top_k": -1, "min_p": "x", "temperature": True, "repetition_penalty": [1]}
+    model = changed(tmp_path / "odd", demo, put("generation_config.json", json.dumps(odd)))
+    assert chat(model, "--recommended", "-p", "Say hello.") == (SAID_HELLO + "\n", "", 0)
 
 
 def test_every_conversation_is_kept_and_the_last_one_goes_on(demo, chat, home, thinker) -> None:
@@ -3007,6 +3320,7 @@ def test_foreign_nonsense_is_one_short_sentence(demo, chat, tmp_path) -> None:
     for flag in ("--temperature", "--seed", "--stats", "--nonsense" * 300):
         assert len(chat(demo, flag, "9" * 3000).err.splitlines()[-1]) < 300
     put("adapters.safetensors", "torn")(tmp_path)
+    put("adapter_config.json", "{}")(tmp_path)
     assert f"can't be loaded with {tmp_path}" in chat(demo, "--adapter", str(tmp_path)).complaint
 
 
@@ -3051,7 +3365,8 @@ def test_what_the_hub_refuses_is_one_sentence(demo, hub, chat) -> None:
         assert result.out == f"Loading model {llmchat.strip_control_characters(name)}...\n"
     assert hub.fetched() == []
     # There is no network.
-    for endpoint, why in (("http://127.0.0.1:9", "Connection refused"), ("http://nowhere.invalid", "*ame*")):
+    unreachable = {"http://127.0.0.1:9": "Connection refused", "https://nowhere.invalid": "*ame*"}
+    for endpoint, why in unreachable.items():
         sentence = f"own/model could not be fetched from {endpoint}: {why}. Check the network. {KEPT}"
         assert chat("own/model", HF_ENDPOINT=endpoint).complaint == Like(sentence)
 
@@ -3107,8 +3422,7 @@ def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(
     hub.fetched()
     terminal("own/model")
     assert hub.fetched() == [SHARDS[1]]
-    model = changed(home / "model", sharded, lambda folder: os.mkfifo(folder / "generation_config.json"))
-    terminal(model, "--recommended", prompt="Loading").see("loading: 0.0 of 0.0 GB")
+    terminal(sharded, prompt="Loading").see("loading: 0.0 of 0.0 GB")
 
 
 def test_a_download_that_was_cut_goes_on_with_the_rest(sharded, hub, chat) -> None:
@@ -3148,7 +3462,6 @@ LOCAL_FAILURES = [
     ([cut_off(WEIGHTS, 1 << 42)], "{model} is too large: 4096.0 GiB of weights, where this *"),
     ([lose(WEIGHTS), lambda folder: (folder / WEIGHTS).symlink_to(WEIGHTS)], "{model} can't be read: *{whole}"),
     ([split_in_two, lose(SHARDS[0])], "{model} could not be loaded: *" + SHARDS[0] + " is missing.{whole}"),
-    ([configured(num_hidden_layers=10**9)], "{model} claims to have 1e+09 layers: *"),
     ([configured("tokenizer_config.json", model_max_length="lots")], "The tokenizer of {model} fails: *"),
     ([configured(hidden_size=256)], "{model} could not be loaded: *shape*.{whole}"),
     ([configured(model_type=None)], "config.json of {model} names no model_type, so *"),
@@ -3176,6 +3489,308 @@ def test_a_folder_that_can_not_be_loaded_is_one_sentence(demo, chat, tmp_path) -
         assert "[y/N]" not in done.out and not Path(model, "ran").exists()
     assert chat(model, "-p", "Hi", "--force").code == 0
     assert chat(demo, "--adapter", "nowhere").complaint.startswith("There is no adapter in nowhere")
+
+
+INDEXES = {
+    "numbers": '{"weight_map": {"a": 1}}',
+    "lists": '{"weight_map": {"a": [[]]}}',
+    "nested deep": "[" * 100_000,
+    "long name": json.dumps({"weight_map": {"a": "x" * 300}}),
+    "climbing name": '{"weight_map": {"a": "../../../x"}}',
+    "zero in a name": '{"weight_map": {"a": "x\\u0000"}}',
+    "no object": "[1]",
+    "no map": "{}",
+    "no text": "\udcff",
+}
+DAMAGED = {
+    **{
+        f"index: {case}": ("snapshots/abc/model.safetensors.index.json", text)
+        for case, text in INDEXES.items()
+    },
+    "reference of no text": ("refs/main", "\udcff\udcfe"),
+    "climbing reference": ("refs/main", "../../models--own--model/snapshots/abc"),
+    "long reference": ("refs/main", "a" * 300),
+    "empty reference": ("refs/main", ""),
+    "reference as a pipe": ("refs/main", None),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_entry_of_the_cache_is_passed_over_and_said_when_it_is_meant(
+    case, demo, chat, home
+) -> None:
+    put_in_hub_cache(home, "own/model", demo)
+    put_in_hub_cache(home, "own/bad", demo)
+    file, text = DAMAGED[case]
+    entry = home / HUB_CACHE / "models--own--bad"
+    (entry / file).unlink(missing_ok=True)
+    if text is None:
+        os.mkfifo(entry / file)
+    else:
+        (entry / file).write_bytes(text.encode(errors="surrogateescape"))
+    assert "already here: own/model\n" in chat().err
+    assert "own/bad" not in chat().err
+    damaged = f"own/bad in the hub cache is damaged: *. Remove {entry}, and it is downloaded again."
+    assert chat("own/bad").complaint == Like(damaged)
+    assert chat("MODEL", "-p", "Say hello.").out == SAID_HELLO + "\n"
+
+
+def as_pipe(file: str):
+    def change(folder: Path) -> None:
+        (folder / file).unlink(missing_ok=True)
+        os.mkfifo(folder / file)
+
+    return change
+
+
+def as_device(file: str):
+    def change(folder: Path) -> None:
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).symlink_to("/dev/zero")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *(
+            (file, as_pipe)
+            for file in (WEIGHTS, "model-2.safetensors", "config.json", "tokenizer.json")
+        ),
+        *(
+            (file, as_pipe)
+            for file in ("generation_config.json", "chat_template.jinja", "vocab.txt")
+        ),
+        *((file, as_device) for file in (WEIGHTS, "config.json", "tokenizer_config.json")),
+    ],
+)
+def test_a_file_that_is_no_plain_one_is_never_opened(file, change, demo, chat, tmp_path) -> None:
+    model = changed(tmp_path / "model", demo, change(file))
+    assert chat(model).complaint == Like(f"{file} of {model} can't be read: it is no plain file. *")
+
+
+def adapted(folder: Path) -> None:
+    """An adapter of rank 1 that changes nothing."""
+    folder.mkdir()
+    parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
+    put("adapter_config.json", json.dumps(config))(folder)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {})
+
+
+ADAPTERS = {
+    "no folder": (
+        shutil.rmtree,
+        "There is no adapter in {adapter}: adapters.safetensors is missing *",
+    ),
+    "no configuration": (
+        lose("adapter_config.json"),
+        "There is no adapter in {adapter}: adapter_config.json is *",
+    ),
+    "pipe": (
+        as_pipe("adapters.safetensors"),
+        "{adapter}/adapters.safetensors can't be read: it is no plain file.",
+    ),
+    "piped config": (
+        as_pipe("adapter_config.json"),
+        "{adapter}/adapter_config.json can't be read: it is no *",
+    ),
+    "torn config": (
+        put("adapter_config.json", "[" * 100_000),
+        "{adapter}/adapter_config.json can't be read: *",
+    ),
+    "torn": (
+        put("adapters.safetensors", "torn"),
+        "{model} can't be loaded with {adapter}: *header*",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_what_is_wrong_with_an_adapter_is_one_sentence(case, demo, chat, home) -> None:
+    adapted(home / "ad")
+    change, sentence = ADAPTERS[case]
+    change(home / "ad")
+    # The path of an adapter is expanded wherever it is given.
+    sentence = Like(sentence.format(model=demo, adapter=home / "ad"))
+    assert chat(demo, "--adapter=~/ad").complaint == sentence
+    (home / ".llmchat_config").write_text("adapter = ~/ad\n")
+    assert chat(demo).complaint == sentence
+
+
+def test_a_template_of_the_processor_alone_is_used_and_known_before_the_weights_come(
+    demo, hub, chat
+) -> None:
+    template = json.dumps({"chat_template": Path(demo, "chat_template.jinja").read_text()}).encode()
+    hub.put("own/processor", demo, chat_template__jinja=None, chat_template__json=template)
+    assert chat("own/processor", "-p", "Say hello.") == (SAID_HELLO + "\n", "", 0)
+    hub.fetched()
+    for name, files in {"base": {}, "empty": {"chat_template__json": b"{}"}}.items():
+        hub.put(f"own/{name}", demo, chat_template__jinja=None, **files)
+        assert chat(f"own/{name}").complaint == Like(f"own/{name} has no chat template, so *")
+    assert {*hub.fetched("GET */resolve/*")} == {
+        "config.json",
+        "tokenizer_config.json",
+        "chat_template.json",
+    }
+
+
+def with_trusted_tokenizer(folder: Path) -> None:
+    own_tokenizer(folder)
+    lose("chat_template.jinja")(folder)
+
+
+def test_trusted_code_is_that_of_the_repository_and_said_before_it_runs(
+    demo, hub, chat, home
+) -> None:
+    (home / "own").mkdir()
+    changed(home / "own/model", demo, with_trusted_tokenizer)
+    # The folder of the repository's name is not looked at.
+    done = chat("own/model", "--trust-remote-code", "-p", "Say hello.")
+    assert done == (SAID_HELLO + "\n", "", 0)
+    assert not (home / "own/model/ran").exists()
+    own = f"Code of the folder {home}/own/model is about to run.\n"
+    assert chat("./own/model", "--trust-remote-code").err.startswith(own)
+    assert (home / "own/model/ran").exists()
+    hub.put("own/code", home / "own/model", own__py=b"", chat_template__jinja=b"x")
+    commit = f"Code of the repository own/code at commit {hub.COMMIT} is about to run.\n"
+    assert chat("own/code", "--trust-remote-code").err.startswith(commit)
+    (home / "other").mkdir()
+    code = {"auto_map": {"AutoTokenizer": ["evil/code--own.Own", None]}}
+    changed(home / "other/model", demo, configured("tokenizer_config.json", **code))
+    other = "Code of the folder * and of the repository evil/code is about to run.\n*"
+    assert chat("./other/model", "--trust-remote-code").err == Like(other)
+    complaint = chat("other/model/../model", "--trust-remote-code").complaint
+    assert (
+        complaint == "With --trust-remote-code a folder is named like this: ./other/model/../model"
+    )
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit"])
+@pytest.mark.parametrize(
+    "value", ["../../../../../evil", "/tmp/evil", '"../evil"', "sub/evil", "..", "no hex"]
+)
+def test_an_answer_that_names_no_checksum_and_no_commit_is_not_used(
+    header, value, hub, chat, home
+) -> None:
+    hub.headers = {header: value}
+    assert chat("own/model").complaint == Like(f"{hub.url} answers with '{value}' for a *.")
+    assert [*home.rglob("*evil*")] == []
+
+
+def test_a_hub_has_only_plain_names_fetched(hub, chat, home) -> None:
+    hub.repositories["own/model"].update({"../../evil.json": b"{}", "sub/evil.json": b"{}"})
+    assert chat("own/model", "-p", "Say hello.").out == SAID_HELLO + "\n"
+    assert "evil.json" not in hub.fetched("GET */resolve/*")
+    assert [*home.rglob("evil.json")] == []
+
+
+@pytest.mark.parametrize("name", ["own/model", "own/none", "own/model --revision none"])
+def test_a_password_of_the_hub_is_shown_nowhere(name, hub, terminal) -> None:
+    address = hub.url.replace("http://", "http://user:secret@")
+    hub.faults = {} if "none" in name else {"own/model": (500, "")}
+    screen = terminal(*name.split(), prompt="Loading", HF_ENDPOINT=address)
+    screen.leave()
+    assert hub.url in screen.output
+    assert "secret" not in screen.output and "user" not in screen.output
+
+
+NETWORKS = {
+    "dead proxy": (
+        {"HTTPS_PROXY": "http://user:secret@127.0.0.1:9", "HF_ENDPOINT": "https://hub.invalid"},
+        "Connection refused. HTTPS_PROXY is http://127.0.0.1:9: check that proxy*",
+    ),
+    "lower case": (
+        {"https_proxy": "http://127.0.0.1:9", "HF_ENDPOINT": "https://hub.invalid"},
+        "Connection refused. https_proxy is http://127.0.0.1:9: check that proxy*",
+    ),
+    "socks": (
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},
+        "*SOCKS*install*. ALL_PROXY is socks5://127.0.0.1:9: *",
+    ),
+    "certificates": (
+        {
+            "SSL_CERT_FILE": "/none",
+            "REQUESTS_CA_BUNDLE": "/none",
+            "HF_ENDPOINT": "https://127.0.0.1:9",
+        },
+        "*SSL_CERT_FILE is /none: name certificates that are there, or unset it.*",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_a_request_that_depends_on_a_variable_names_it(case, hub, chat) -> None:
+    variables, sentence = NETWORKS[case]
+    complaint = chat("own/model", **variables).complaint
+    assert complaint == Like(f"own/model could not be fetched from *: {sentence}")
+    assert "secret" not in complaint
+
+
+@pytest.mark.parametrize("arguments", [("own/model", "-p", "Say hello."), ()])
+def test_no_warning_of_a_library_reaches_the_screen(arguments, hub, chat) -> None:
+    # Its own client warns of this variable.
+    done = chat(*arguments, HF_HUB_ENABLE_HF_TRANSFER="1")
+    assert "Warning" not in done.err and "HF_TRANSFER" not in done.err
+
+
+MEANT = {
+    "./modle": "*; did you mean ./model?",
+    "~/modle": "*; did you mean {home}/model?",
+    "modle": "There is no folder modle; did you mean ./model? *",
+    "models/lama": "There is no folder models/lama; did you mean models/llama? *",
+    "model.gguf": "model.gguf is a GGUF file, *, such as llmchat mlx-community/*.",
+    "acme/model.Q4.GGUF": "acme/model.Q4.GGUF is a GGUF file, *",
+    "model/model.safetensors": "model/model.safetensors is a file: *, llmchat model",
+    "llama3.2:3b": "llama3.2:3b is a name of another program's models: *",
+    "/none/at/all": "'/none/at/all' is neither a model folder nor a repository's name, such as *",
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_a_mistyped_name_is_told_what_was_meant_without_asking_the_network(
+    name, demo, hub, chat, home
+) -> None:
+    shutil.copytree(demo, home / "model")
+    shutil.copytree(demo, home / "models/llama")
+    assert chat(name).complaint == Like(MEANT[name].format(home=home))
+    assert hub.requests == []
+
+
+def test_a_name_of_another_version_is_asked_of_the_hub(demo, hub, chat, home) -> None:
+    shutil.copytree(demo, home / "own/model-1B")
+    hub.put("own/model-3B", demo)
+    assert chat("own/model-3B/", "-p", "Say hello.").out == SAID_HELLO + "\n"
+    assert chat("https://huggingface.co/own/model-3B", "-p", "Say hello.").out == SAID_HELLO + "\n"
+
+
+def test_an_old_jinja_is_refused(demo, chat, tmp_path) -> None:
+    (tmp_path / "jinja2").mkdir()
+    put("__init__.py", "__version__ = '3.1.5'\n")(tmp_path / "jinja2")
+    complaint = chat(demo, PYTHONPATH=str(tmp_path)).complaint
+    assert complaint == Like(
+        "jinja2 3.1.5 lets a model's chat template run code (CVE-2025-27516): *"
+    )
+
+
+@pytest.mark.parametrize("module", ["signal", "argparse", "json", "mlx", "jinja2"])
+def test_a_script_runs_no_module_that_lies_beside_it(module, demo, chat, home, tmp_path) -> None:
+    script = shutil.copy(HERE / "llmchat.py", tmp_path)
+    put(f"{module}.py", f"open({str(home / 'ran')!r}, 'w')\n")(tmp_path)
+    done = chat(demo, "-p", "Say hello.", program=[sys.executable, script], PYTHONPATH="")
+    assert (done.out, (home / "ran").exists()) == (SAID_HELLO + "\n", False)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_kernels_lie_where_nobody_else_can_put_one(mode, demo, chat, tmp_path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    assert chat(demo, "-p", "Say hello.", TMPDIR=str(shared)).out == SAID_HELLO + "\n"
+    assert not (shared / "mlx").exists()
+    for folder in shared.iterdir():
+        assert (folder.stat().st_mode & 0o777, folder.stat().st_uid) == (0o700, os.getuid())
 
 
 STRANGE_VALUES = [
