@@ -4181,6 +4181,12 @@ class Chat:
         self.screen.write(format_table(rows))
 
 
+def saves_chat(settings: Settings, typed: bool) -> bool:
+    """Tell if a chat is saved. One that is piped in, not typed, is saved only if that was asked."""
+    asked = settings.session is not None or "keep" in settings.sources
+    return settings.resume or (settings.keep and (typed or asked))
+
+
 def open_session(
     settings: Settings, kept: SavedChats, screen: Screen
 ) -> tuple[SessionFile | None, list[Message], str]:
@@ -4273,11 +4279,8 @@ def run(
     conversation = Conversation(model, settings, messages)
     if session and settings.keep_state and is_private(session.state_path):
         conversation.state = session.state_path
-    # A chat that is piped in is only saved if that was asked for.
     typed = sys.stdin.isatty() or screen.interactive
-    asked = settings.session is not None or "keep" in settings.sources
-    keeps = settings.resume or (settings.keep and (typed or asked))
-    keeps = keeps and prompt is None and hosts.rank == 0
+    keeps = prompt is None and hosts.rank == 0 and saves_chat(settings, typed)
     places = {}
     if keeps and settings.session is None:
         places["chats"] = kept.folder

@@ -1692,17 +1692,33 @@ def test_what_can_not_be_saved_in_a_home_is_one_warning() -> None:
         assert llmchat.unsaved_warning(nowhere).startswith("Chats are not saved: there is no folder")
 
 
-def test_a_folder_of_another_user_is_a_warning_and_no_failure(demo, chat, home) -> None:
-    folder = home / ".llmchat"
+def give_away(path: Path, instead: str) -> None:
+    """Have a path belong to another user; who can't give it away has it lead to a file of root's."""
     if os.getuid() == 0:
-        folder.mkdir()
-        os.chown(folder, 65534, 65534)
+        os.chown(path, 65534, 65534)
     else:
-        folder.symlink_to("/")
+        path.rmdir() if path.is_dir() else path.unlink()
+        path.symlink_to(instead)
+
+
+def test_a_folder_of_another_user_is_one_warning_and_no_failure(demo, chat, terminal, home) -> None:
+    folder, history = home / ".llmchat", home / ".llmchat_history"
+    folder.mkdir()
+    give_away(folder, "/")
     done = chat(demo, "--keep", stdin="Say hello.\nMy name is Ada.\n")
-    assert done.err == Like(f"Chats are not saved: {folder} belongs to *, and this is *. *\n")
-    assert done.err.count("\n") == 1
-    assert done.code == 0
+    warning = f"{folder} belongs to * and this is *"
+    assert done.err == Like(f"Chats are not saved: {warning}. *\n")
+    assert (done.err.count("\n"), done.code) == (1, 0)
+    history.write_text("earlier\n")
+    give_away(history, "/etc/passwd")
+    before = history.read_text()
+    screen = terminal(demo)
+    screen.ask("Say hello.")
+    shown = " ".join(plain(screen.output).split())
+    assert fits(f"Chats and prompts are not saved: {warning}; {history} belongs to").search(shown)
+    assert shown.count("not saved") == 1 and "another day" not in shown
+    assert screen.leave(CTRL_D) == 0
+    assert history.read_text() == before
     assert os.getuid() or not list(folder.iterdir())
 
 
