@@ -2392,9 +2392,9 @@ def replace_file(
 ) -> io.FileIO:
     """Replace or create a file; return the new one, open. Raises `OSError`.
 
-    The file holds either its old content or all of the new, whatever ends the program. It keeps its
-    mode and its owner, and a new one is for the user alone. If it is to be `locked`, it is so before
-    it has its name. It is dated now, or `not_before_s` if that is later.
+    The file holds either its old content or all of the new, whatever ends the program. It keeps
+    its mode and its owner, and a new one is for the user alone. If it is to be `locked`, it is so
+    before it has its name. It is dated now, or `not_before_s` if that is later.
     """
     # Replace the target of a symbolic link, not the link.
     path = path.resolve()
