@@ -4119,9 +4119,9 @@ def replace_file(
 ) -> io.FileIO:
     """Replace or create a file; return the new one, open. Raises `OSError`.
 
-    The file holds either its old content or all of the new, whatever ends the program. It keeps its
-    mode and its owner, and a new one is for the user alone. If it is to be `locked`, it is so before
-    it has its name. It is dated now, or `not_before_s` if that is later.
+    The file holds either its old content or all of the new, whatever ends the program. It keeps
+    its mode and its owner, and a new one is for the user alone. If it is to be `locked`, it is so
+    before it has its name. It is dated now, or `not_before_s` if that is later.
     """
     # Replace the target of a symbolic link, not the link.
     path = path.resolve()
@@ -7039,14 +7039,7 @@ def open_chat(
     if session and settings.keep_state and is_private(session.state_path):
         conversation.load_state(session.state_path)
     saves_chats = will_save_chats(settings, screen, hosts)
-    places = {}
-    if saves_chats and session is None:
-        places["chats"] = saved_chats.folder
-    if editor.interactive and settings.keep is not False and settings.prompt is None:
-        places["prompts"] = Path(os.path.expanduser(HISTORY_FILE))
-    if warning := unsaved_warning(places):
-        screen.notice(warning)
-    if access_problem(saved_chats.folder):
+    if not can_save(saved_chats, saves_chats and session is None, settings, screen, editor):
         saves_chats = False
     return Chat(
         conversation,
@@ -7060,6 +7053,24 @@ def open_chat(
         files=files,
         draft=draft,
     )
+
+
+def can_save(
+    saved_chats: SavedChats,
+    saves_chats: bool,
+    settings: Settings,
+    screen: Screen,
+    editor: LineEditor,
+) -> bool:
+    """Return whether chats can be saved; say it once if the home can't hold what it should."""
+    places = {}
+    if saves_chats:
+        places["chats"] = saved_chats.folder
+    if editor.interactive and settings.keep is not False and settings.prompt is None:
+        places["prompts"] = Path(os.path.expanduser(HISTORY_FILE))
+    if warning := unsaved_warning(places):
+        screen.notice(warning)
+    return not access_problem(saved_chats.folder)
 
 
 def will_save_chats(settings: Settings, screen: Screen, hosts: Hosts) -> bool:

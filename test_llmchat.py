@@ -1258,8 +1258,8 @@ def test_a_completed_file_is_one_that_the_command_finds(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub folder").mkdir()
-    names = ("My Doc.txt", "one.txt", "It's", 'a"b', "new\nline", "sub folder/x y", "tab\t", "\u202ex")
-    for name in names:
+    unusable = ("new\nline", "tab\t", "\u202ex")
+    for name in ("My Doc.txt", "one.txt", "It's", 'a"b', "sub folder/x y", *unusable):
         (tmp_path / name).write_text("text")
     assert llmchat.completions(f"/file {typed}") == [f"/file {wanted}"]
     if not wanted.endswith("/"):
@@ -1906,7 +1906,8 @@ def test_what_is_no_session_is_refused_untouched(tmp_path) -> None:
 
 def test_blank_lines_and_byte_order_marks_are_nothing_in_a_session(tmp_path) -> None:
     path = tmp_path / "session"
-    path.write_bytes(b"\xef\xbb\xbf\n \r\n" + as_lines(GREETING).replace(b"\n", b"\r\n\n") + b"\n\t")
+    lines = as_lines(GREETING).replace(b"\n", b"\r\n\n")
+    path.write_bytes(b"\xef\xbb\xbf\n \r\n" + lines + b"\n\t")
     before = path.read_bytes()
     with contextlib.closing(llmchat.SessionFile(path)) as session:
         assert session.messages == GREETING
@@ -1920,7 +1921,7 @@ def test_blank_lines_and_byte_order_marks_are_nothing_in_a_session(tmp_path) -> 
 
 
 @pytest.mark.parametrize("depth", [3, 985, 5000])
-def test_further_keys_of_a_session_are_kept_unless_they_are_nested_too_deep(depth, tmp_path) -> None:
+def test_further_keys_of_a_session_are_kept_unless_nested_too_deep(depth, tmp_path) -> None:
     path = tmp_path / "session"
     nested = "[" * depth + "]" * depth
     path.write_text('{"role": "user", "content": "Hi", "more": {"x": ' + nested + "}}\n")
@@ -1981,9 +1982,13 @@ def test_a_session_stays_the_users_own_when_root_saves_it(tmp_path) -> None:
 
 def test_what_a_killed_save_has_left_is_gone_with_the_next_one(tmp_path) -> None:
     path = tmp_path / "talk"
-    limited = f"ulimit -f 4; exec {shlex.join(PROGRAM[:1])} -c 'import signal, sys, llmchat; from pathlib import Path; "
-    limited += "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); llmchat.replace_file(Path(sys.argv[1]), bytes(99999))' "
-    done = subprocess.run(["sh", "-c", limited + str(path)], cwd=HERE, check=False)
+    code = (
+        "import signal, sys, llmchat; from pathlib import Path; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); "
+        "llmchat.replace_file(Path(sys.argv[1]), bytes(99999))"
+    )
+    limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", sys.executable, "-c", code, str(path)]
+    done = subprocess.run(limited, cwd=HERE, check=False)
     assert done.returncode == -signal.SIGXFSZ
     assert len(list(tmp_path.iterdir())) == 1
     llmchat.replace_file(path, b"new").close()
@@ -2115,7 +2120,7 @@ def test_a_chat_belongs_to_its_last_model(tmp_path) -> None:
 
 
 def run_as_another_user(function) -> str:
-    """Call a function as a user whom nothing here belongs to, if root runs the tests; return its text."""
+    """Call a function as a user other than root; return its text."""
     output, end = os.pipe()
     if (pid := os.fork()) == 0:
         if os.getuid() == 0:
@@ -2142,7 +2147,8 @@ def test_what_can_not_be_saved_in_a_home_is_one_warning() -> None:
 
     advice = "Mend that, or start with --no-keep."
     said = run_as_another_user(lambda: warning("chat", "prompt"))
-    assert said == f"These chats and these prompts are not saved: HOME can't be written to. {advice}"
+    what = "These chats and these prompts are not saved"
+    assert said == f"{what}: HOME can't be written to. {advice}"
     said = run_as_another_user(lambda: warning("folder", "file"))
     assert said == Like(
         "These folders and these files are not saved: HOME/folder belongs to root, and this is *; "
@@ -2150,21 +2156,37 @@ def test_what_can_not_be_saved_in_a_home_is_one_warning() -> None:
     )
     with tempfile.TemporaryDirectory() as home:
         assert llmchat.unsaved_warning({"chats": Path(home, "new"), "prompts": Path(home)}) == ""
-        nowhere = {"chats": Path(home, "no", "where")}
-        assert llmchat.unsaved_warning(nowhere).startswith("Chats are not saved: there is no folder")
+        said = llmchat.unsaved_warning({"chats": Path(home, "no", "where")})
+        assert said.startswith("Chats are not saved: there is no folder")
 
 
-def test_a_folder_of_another_user_is_a_warning_and_no_failure(demo, chat, home) -> None:
-    folder = home / ".llmchat"
+def give_away(path: Path, instead: str) -> None:
+    """Have a path belong to another user: only root can do so, others link it to one of root's."""
     if os.getuid() == 0:
-        folder.mkdir()
-        os.chown(folder, 65534, 65534)
+        os.chown(path, 65534, 65534)
     else:
-        folder.symlink_to("/")
+        path.rmdir() if path.is_dir() else path.unlink()
+        path.symlink_to(instead)
+
+
+def test_a_folder_of_another_user_is_one_warning_and_no_failure(demo, chat, terminal, home) -> None:
+    folder, history = home / ".llmchat", home / ".llmchat_history"
+    folder.mkdir()
+    give_away(folder, "/")
     done = chat(demo, "--keep", stdin="Say hello.\nMy name is Ada.\n")
-    assert done.err == Like(f"Chats are not saved: {folder} belongs to *, and this is *. *\n")
-    assert done.err.count("\n") == 1
-    assert done.code == 0
+    warning = f"{folder} belongs to * and this is *"
+    assert done.err == Like(f"Chats are not saved: {warning}. *\n")
+    assert (done.err.count("\n"), done.code) == (1, 0)
+    history.write_text("earlier\n")
+    give_away(history, "/etc/passwd")
+    before = history.read_text()
+    screen = terminal(demo)
+    screen.ask("Say hello.")
+    shown = " ".join(plain(screen.output).split())
+    assert fits(f"Chats and prompts are not saved: {warning}; {history} belongs to").search(shown)
+    assert shown.count("not saved") == 1 and "another day" not in shown
+    assert screen.leave(CTRL_D) == 0
+    assert history.read_text() == before
     assert os.getuid() or not list(folder.iterdir())
 
 
@@ -2231,7 +2253,8 @@ def test_a_chat_goes_on_where_it_was_left(demo, chat, home) -> None:
 
 
 def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
-    prompts = "/save no/folder/x\n/clear now\n/system\tBe brief.\n/quiet\nSay hello.\n/continue\n/exit\nno\n"
+    prompts = "/save no/folder/x\n/clear now\n/system\tBe brief.\n/quiet\n"
+    prompts += "Say hello.\n/continue\n/exit\nno\n"
     done = chat(demo, "--session", "session", "--max-tokens", "1", stdin=prompts)
     assert done.err.splitlines() == [
         Like("no/folder/x could not be written: No such file or directory*"),
@@ -2248,11 +2271,12 @@ def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
 
 def test_a_piped_chat_refuses_what_is_no_text_and_goes_on(demo, start) -> None:
     process = start(demo)
-    out, err = process.communicate(b"\xef\xbb\xbfSay hello.\nsch\xf6n\n\xef\xbb\xbfQuit\nSay hello.\n")
+    lines = ("\ufeffSay hello.".encode(), b"sch\xf6n", "\ufeffQuit".encode(), b"Say hello.\n")
+    out, err = process.communicate(b"\n".join(lines))
     refused = "Standard input is no text: line 2 is no UTF-8. The line is not sent.\n"
     assert err.decode() == refused
-    lines = f"\nprompt -> Say hello.\n{SAID_HELLO}\n\nprompt -> \n\nprompt -> Quit\nGoodbye!\n"
-    assert out.decode().endswith(lines)
+    shown = f"\nprompt -> Say hello.\n{SAID_HELLO}\n\nprompt -> \n\nprompt -> Quit\nGoodbye!\n"
+    assert out.decode().endswith(shown)
     assert process.returncode == 1
 
 
@@ -2264,7 +2288,9 @@ def test_a_one_shot_says_that_it_waits_for_standard_input(demo, start) -> None:
     assert process.communicate(timeout=60) == (SAID_HELLO.encode() + b"\n", b"")
 
 
-@pytest.mark.parametrize(("flags", "count"), [((), 0), (("--keep",), 1), (("--session", "talk"), 0)])
+@pytest.mark.parametrize(
+    ("flags", "count"), [((), 0), (("--keep",), 1), (("--session", "talk"), 0)]
+)
 def test_a_piped_chat_is_saved_only_if_that_is_asked_for(flags, count, demo, chat, home) -> None:
     assert chat(demo, *flags, stdin="Say hello.\n").code == 0
     assert len(list((home / ".llmchat").glob("*"))) == count
@@ -2276,7 +2302,10 @@ def test_a_chat_goes_on_by_its_number_and_is_listed(demo, chat, home) -> None:
     chat(demo, "--keep", stdin="My name is Ada.\n")
     chat(demo, "--keep", stdin="Say hello.\nHow do I print it?\n")
     done = chat("--chats")
-    rows = [f"1  today, *:*  {demo}  2 turns  Say hello.", f"2  today, *:*  {demo}  1 turn   My name is Ada."]
+    rows = [
+        f"1  today, *:*  {demo}  2 turns  Say hello.",
+        f"2  today, *:*  {demo}  1 turn   My name is Ada.",
+    ]
     assert (done.out.splitlines(), done.err, done.code) == (list(map(Like, rows)), "", 0)
     assert transcript(SAMPLE[4]) in chat("-c", "2", stdin="What is my name?\n").out
     assert Like("1  *  2 turns  My name is Ada.") == chat("--chats").out.splitlines()[0]
@@ -3138,7 +3167,7 @@ def test_a_killed_edit_leaves_no_draft(demo, terminal, home) -> None:
     os.killpg(screen.pid, signal.SIGKILL)
     wait_until(lambda: not list(folder.iterdir()))
     assert screen.leave(killed=True) == -signal.SIGKILL
-    assert not any("secret" in file.read_text() for file in home.glob(".llmchat*") if file.is_file())
+    assert not list(home.glob(".llmchat*"))
 
 
 @pytest.mark.parametrize("flags", [(), ("--no-keep",)])
