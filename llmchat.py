@@ -957,6 +957,17 @@ def cached_models() -> list[str]:
     return [name for name in names if REPOSITORY.fullmatch(name) and is_cached(name)]
 
 
+def size_on_disk(name: str) -> int:
+    """Return the bytes that a repository in the hub cache takes."""
+    folder = locate(name, None)
+    return sum(os.path.getsize(folder / file) for file in file_names(folder))
+
+
+def describe_bytes(size: int) -> str:
+    """Return a size for people."""
+    return f"{size / 1e9:.1f} GB" if size >= GIB else f"{size / 1e6:.0f} MB"
+
+
 def similar_model_folder(name: str) -> str:
     """Return the model folder on this disk whose name is most like a mistyped one, or nothing."""
     parent, base = os.path.split(os.path.expanduser(name).rstrip("/"))
@@ -1977,6 +1988,10 @@ def stretched_length(config: dict[str, Any], length: int | None) -> int | None:
     return max(length or 0, int(original * factor)) if original else None
 
 
+# Where a model's author says how to sample.
+RECOMMENDATIONS_FILE = "generation_config.json"
+
+
 def recommended_sampling(config: dict[str, Any]) -> dict[str, str]:
     """Return what a generation_config.json recommends, by the name of the setting, as texts."""
     values = {name: config.get(name) for name in RECOMMENDED_SETTINGS}
@@ -1990,7 +2005,7 @@ def apply_recommended(settings: Settings, folder: Path) -> str:
 
     What is no value here, such as a top_k of -1, is passed over. Raises `ChatError`.
     """
-    file = folder / "generation_config.json"
+    file = folder / RECOMMENDATIONS_FILE
     with explain_errors(f"{file} can't be read", "Leave out --recommended.", *UNREADABLE):
         recommended = recommended_sampling(read_json(file))
     changed = []
@@ -3676,22 +3691,34 @@ class Conversation:
         # The messages before the last `clear`.
         self._before_clear: list[Message] = []
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._on_engine: OnEngine[Inference] | None = None
         self.use_model(model)
 
     # The model
 
     def use_model(self, model: Model) -> None:
         """Go on with this model, from the beginning or after `release_model`."""
-        self._model = model
         inference = self._engine.call(Inference, model, self._settings, self._notes)
         self._is_warm = inference.is_warm
-        self._inference = OnEngine(self._engine, inference)
+        self._fingerprint = model.fingerprint
+        self._on_engine = OnEngine(self._engine, inference)
         self.seed(self._settings.seed)
 
+    @property
+    def _inference(self) -> OnEngine[Inference]:
+        if self._on_engine is None:
+            raise ChatError("No model is loaded: /model NAME loads one.")
+        return self._on_engine
+
+    def wait_until_idle(self) -> None:
+        """Wait until the engine has done all that it was asked for."""
+        self._engine.call(lambda: None)
+
     def release_model(self) -> None:
-        """Free the memory that the model and the state take."""
+        """Free the memory that the model and the state take; `use_model` is to follow."""
         self._drop_unfinished()
         self._inference.call(lambda inference: inference.release())
+        self._on_engine = None
 
     def seed(self, seed: int | None) -> None:
         """Make what is sampled from here on repeatable; None leaves it to chance."""
@@ -3741,7 +3768,7 @@ class Conversation:
 
     def load_state(self, path: Path) -> None:
         """Have the next prompt begin with the state in this file, if it is of use."""
-        state_file = StateFile(path, self._model.fingerprint)
+        state_file = StateFile(path, self._fingerprint)
         self._inference.call(lambda inference: inference.use_state_file(state_file))
 
     def save_state(self, path: Path) -> None:
@@ -3758,7 +3785,7 @@ class Conversation:
             return
         # A prompt without history begins with none of it.
         if self._settings.history:
-            state_file = StateFile(path, self._model.fingerprint)
+            state_file = StateFile(path, self._fingerprint)
             self._inference.call(lambda inference: inference.save_state(state_file, messages))
 
     # Turns
@@ -6275,9 +6302,7 @@ def completions(line: str) -> list[str]:
     word, space, rest = line.partition(" ")
     candidates: Iterable[str] = ()
     if not space:
-        candidates = (
-            f"{name} " if arguments else name for name, (arguments, *_) in COMMANDS.items()
-        )
+        candidates = [f"{name} " if each.arguments else name for name, each in COMMANDS.items()]
     elif word == "/set":
         candidates = (
             f"/set {key} "
@@ -6286,6 +6311,8 @@ def completions(line: str) -> list[str]:
         )
     elif word == "/save":
         candidates = [f"/save {path}" for path in matching_paths(rest)]
+    elif word == "/model":
+        candidates = [f"/model {name}" for name in [*cached_models(), *matching_paths(rest)]]
     elif word == "/file":
         candidates = [f"/file {paths}" for paths in complete_last_path(rest)]
     return [candidate for candidate in candidates if candidate.startswith(line)]
@@ -6557,6 +6584,19 @@ def save(chat: Chat, text: str) -> None:
     chat.screen.notice(f"{len(chat.conversation.messages)} messages are in {path}.")
 
 
+@command("/model", "[NAME]")
+def show_or_change_model(chat: Chat, text: str) -> None:
+    """Show the models that are here, or go on with another one."""
+    if text:
+        chat.change_model(strip_quotes(text))
+        return
+    rows = [(f"{chat.settings.model}", "in use", "")]
+    for name in cached_models():
+        if name != chat.settings.model:
+            rows.append((name, "in the cache", describe_bytes(size_on_disk(name))))
+    chat.screen.write(format_table(rows))
+
+
 # --------------------------------------------------------------------------------------- Program
 
 
@@ -6580,6 +6620,83 @@ def with_system_prompt(settings: Settings, messages: Sequence[Message]) -> list[
     if not settings.system:
         return list(messages)
     return [{"role": "system", "content": settings.system}, *messages]
+
+
+class ModelLoader:
+    """Finds and loads models for a chat, and says on the screen how far that is."""
+
+    def __init__(self, screen: Screen, hosts: Hosts, engine: Engine) -> None:
+        self._screen = screen
+        self._hosts = hosts
+        self._engine = engine
+        self._progress = Progress("looking for it")
+
+    @contextlib.contextmanager
+    def status(self) -> Iterator[None]:
+        """Have the status line tell how far this is, in this block."""
+        with self._screen.status(lambda: self._progress.text()):
+            yield
+
+    def _report(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def find(self, settings: Settings) -> ModelFiles:
+        """Find the model that the settings name, and download what is missing of it.
+
+        All that can be known before is checked before. Raises `ChatError`.
+        """
+        found = find_model(settings, self._hosts, self._report)
+        if settings.trust_remote_code and (owners := code_owners(found)):
+            self._screen.notice(owners)
+        use_private_kernels()
+        if found.missing:
+            self._engine.call(check_engine, found, settings, self._hosts)
+        fetch_model(found, self._report)
+        return found
+
+    def load(self, found: ModelFiles, settings: Settings) -> Model:
+        """Load a model that was found. Raises `ChatError`."""
+        return self._engine.call(load_model, found, settings, self._hosts)
+
+
+def load_first_model(settings: Settings, screen: Screen, loader: ModelLoader) -> Model:
+    """Load the model that the settings name, and say so in a chat. Raises `ChatError`."""
+    if settings.model is None:
+        lines = [
+            "no model is named.",
+            "usage: llmchat MODEL [options]",
+            f"example: llmchat {EXAMPLE_MODEL}",
+        ]
+        lines += [f"already here: {name}" for name in cached_models()]
+        raise ChatError("\n".join(lines), 2)
+    asked = settings.model
+    settings.model = resolve_model_name(settings.model)
+    if settings.prompt is None:
+        screen.write(f"Loading model {settings.model}...\n")
+    if asked != settings.model and screen.interactive:
+        screen.notice(f"{asked} is {settings.model} here.")
+    with loader.status():
+        found = loader.find(settings)
+        model = loader.load(found, settings)
+    if settings.recommended and (sentence := apply_recommended(settings, found.folder)):
+        screen.notice(sentence)
+    if settings.prompt is None:
+        screen.write("Model loaded successfully!\n")
+    return model
+
+
+class ModelChoice(NamedTuple):
+    """A model, and the settings that belong to it alone."""
+
+    model: str | None
+    adapter: str | None
+    revision: str | None
+    trust_remote_code: bool
+
+    @classmethod
+    def of(cls, settings: Settings) -> ModelChoice:
+        """Return what these settings choose."""
+        return cls(settings.model, settings.adapter, settings.revision, settings.trust_remote_code)
 
 
 class Autosave:
@@ -6636,6 +6753,11 @@ class Autosave:
         else:
             self.session.save([])
 
+    def record_model(self) -> None:
+        """Have the saved chat belong to the model that is in use now."""
+        if self.session and self._saved_chats:
+            self._saved_chats.rename(self.session, str(self._settings.model))
+
     def start_new_file(self, turns: Sequence[Message]) -> None:
         """Leave these turns in a file of their own: what follows is another conversation."""
         if not (self.session and turns):
@@ -6671,6 +6793,7 @@ class Chat:
         *,
         signals: Signals | None = None,
         hosts: Hosts | None = None,
+        loader: ModelLoader | None = None,
         session: SessionFile | None = None,
         saved_chats: SavedChats | None = None,
         files: dict[str, str] | None = None,
@@ -6682,6 +6805,9 @@ class Chat:
         self.settings = settings
         self.signals = signals or Signals()
         self.hosts = hosts or Hosts()
+        self._loader = loader
+        # What the command line chose: adapter, revision and trust belong to its model alone.
+        self._first_choice = ModelChoice.of(settings)
         self.autosave = Autosave(settings, session, saved_chats, self._show_error, screen.notice)
         # The texts of files that go before the next prompt, by the files' real paths.
         self.files = files or {}
@@ -6768,6 +6894,68 @@ class Chat:
             self.signals.exit_if_signalled()
             self.screen.notice("Stopped.")
         self.autosave.save(self.conversation.messages)
+
+    def change_model(self, name: str) -> None:
+        """Go on with another model, or with the one in use if that one can't be loaded.
+
+        Raises `ChatError`, and `KeyboardInterrupt` on Ctrl+C while the model is found.
+        """
+        if self.hosts.size > 1 or self._loader is None:
+            raise ChatError("Several hosts can't change their model: leave, and start with it.")
+        wanted = dataclasses.replace(self.settings, **self._choice(name)._asdict())
+        with self.signals.cancellable(), self._loader.status():
+            found = self._loader.find(wanted)
+            # What the engine computes for the old model must have ended.
+            self.conversation.wait_until_idle()
+        old = ModelChoice.of(self.settings)
+        self.conversation.release_model()
+        problem = self._load_in_place(found, wanted)
+        if problem:
+            self._load_again(problem)
+            return
+        self._adopt(wanted, found.folder)
+        if old.adapter or old.revision:
+            self.screen.notice(f"--adapter and --revision are those of {old.model} alone.")
+        self.screen.notice(f"The model is {self.settings.model} now.")
+
+    def _choice(self, name: str) -> ModelChoice:
+        resolved = resolve_model_name(name)
+        if resolved == self._first_choice.model:
+            return self._first_choice
+        return ModelChoice(resolved, adapter=None, revision=None, trust_remote_code=False)
+
+    def _load_in_place(self, found: ModelFiles, wanted: Settings) -> str:
+        """Load a model where none is loaded any more; return why it can't be, or nothing."""
+        assert self._loader is not None
+        try:
+            with self.signals.cancellable(), self._loader.status():
+                self.conversation.use_model(self._loader.load(found, wanted))
+        except ChatError as error:
+            return str(error)
+        except KeyboardInterrupt:
+            self.signals.exit_if_signalled()
+            return "Stopped."
+        return ""
+
+    def _load_again(self, problem: str) -> None:
+        """Load the model that was in use, after another one could not be loaded."""
+        assert self._loader is not None
+        with self._loader.status():
+            found = self._loader.find(self.settings)
+            self.conversation.use_model(self._loader.load(found, self.settings))
+        self._show_error(ChatError(f"{problem} {self.settings.model} is loaded again."))
+
+    def _adopt(self, wanted: Settings, folder: Path) -> None:
+        """Take the settings that belong to a model which was loaded."""
+        for field, value in ModelChoice.of(wanted)._asdict().items():
+            setattr(self.settings, field, value)
+        for name, source in list(self.settings.sources.items()):
+            if source == RECOMMENDATIONS_FILE:
+                self.settings.reset(name)
+        if self.settings.recommended:
+            if sentence := apply_recommended(self.settings, folder):
+                self.screen.notice(sentence)
+        self.autosave.record_model()
 
     def _show_error(self, error: ChatError) -> None:
         self.screen.notice(str(error), RED)
@@ -6933,45 +7121,6 @@ def open_session(
     return session, messages, draft
 
 
-def load(settings: Settings, screen: Screen, hosts: Hosts, engine: Engine) -> Model:
-    """Load the model that the settings name, and say so in a chat. Raises `ChatError`."""
-    if settings.model is None:
-        lines = [
-            "no model is named.",
-            "usage: llmchat MODEL [options]",
-            f"example: llmchat {EXAMPLE_MODEL}",
-        ]
-        lines += [f"already here: {name}" for name in cached_models()]
-        raise ChatError("\n".join(lines), 2)
-    asked = settings.model
-    settings.model = resolve_model_name(settings.model)
-    if settings.prompt is None:
-        screen.write(f"Loading model {strip_control_characters(settings.model)}...\n")
-    if asked != settings.model and screen.interactive:
-        screen.notice(f"{asked} is {settings.model} here.")
-    current = Progress("looking for it")
-
-    def report(progress: Progress) -> None:
-        nonlocal current
-        current = progress
-
-    with screen.status(lambda: current.text()):
-        found = find_model(settings, hosts, report)
-        if settings.trust_remote_code and (owners := code_owners(found)):
-            screen.notice(owners)
-        use_private_kernels()
-        if found.missing:
-            # What can be known before the weights are downloaded is said before.
-            engine.call(check_engine, found, settings, hosts)
-        fetch_model(found, report)
-        model = engine.call(load_model, found, settings, hosts)
-    if settings.recommended and (sentence := apply_recommended(settings, found.folder)):
-        screen.notice(sentence)
-    if settings.prompt is None:
-        screen.write("Model loaded successfully!\n")
-    return model
-
-
 def run(
     settings: Settings,
     screen: Screen,
@@ -7034,7 +7183,8 @@ def open_chat(
         screen.notice(f"The last prompt of {name} got no reply, and is left out: {draft}")
         draft = ""
     files = new_files(settings, messages)
-    model = load(settings, screen, hosts, engine)
+    loader = ModelLoader(screen, hosts, engine)
+    model = load_first_model(settings, screen, loader)
     conversation = Conversation(engine, model, settings, messages)
     if session and settings.keep_state and is_private(session.state_path):
         conversation.load_state(session.state_path)
@@ -7048,6 +7198,7 @@ def open_chat(
         settings,
         signals=signals,
         hosts=hosts,
+        loader=loader,
         session=session,
         saved_chats=saved_chats if saves_chats else None,
         files=files,
