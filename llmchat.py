@@ -5953,6 +5953,8 @@ class LineEditor:
                 self._readline.parse_and_bind(line)
         for line in (
             "tab: complete",
+            # Every key comes whole: after an Esc, vi's keys need not wait for more.
+            "set keyseq-timeout 10",
             # A text that is put into the line is not shown as selected.
             "set enable-active-region off",
             # In a search, readline 8.2 crashes at a key that begins with Ctrl+X: that ends it.
@@ -5967,15 +5969,21 @@ class LineEditor:
     def _to_editor(self, item: bytes | str) -> bytes:
         """Return what the line editor is to get for keys, or for a text that was pasted."""
         if isinstance(item, bytes):
-            if self._libedit:
-                return LIBEDIT_SEQUENCE.sub(lambda match: LIBEDIT_BYTES[match[0]], item)
-            return item
+            return self._libedit_keys(item) if self._libedit else item
         if item == "\n":
             text = NEWLINE_SIGN if self._libedit else item
         else:
             text = self._editor_text(item, pasted=True)
             self._pasted.append(text)
         return self._insertion(text)
+
+    def _libedit_keys(self, keys: bytes) -> bytes:
+        keys = LIBEDIT_SEQUENCE.sub(lambda match: LIBEDIT_BYTES[match[0]], keys)
+        # A sign that was typed is itself.
+        sign = NEWLINE_SIGN.encode()
+        return (
+            keys.replace(sign, self._placeholder(NEWLINE_SIGN).encode()) if sign in keys else keys
+        )
 
     def _insertion(self, text: str) -> bytes:
         """Return the keys that put a text into the line."""
@@ -5987,17 +5995,23 @@ class LineEditor:
         encoding = locale.nl_langinfo(locale.CODESET)
         # Python can't hand the editor characters that the locale does not have.
         text = strip_control_characters(text).encode(encoding, "replace").decode(encoding)
-        if self._libedit:
-            has_lines = "\n" in text and pasted
-            if has_lines or len(text) > MAX_TYPED_RUN or NEWLINE_SIGN in text:
-                return self._placeholder(text)
-            text = text.replace("\n", NEWLINE_SIGN)
-        return self._placeholder(text) if self._is_tall(text) else text
+        if self._is_tall(text) or (self._libedit and self._is_hard_for_libedit(text, pasted)):
+            return self._placeholder(text)
+        return text.replace("\n", NEWLINE_SIGN) if self._libedit else text
+
+    def _is_hard_for_libedit(self, text: str, pasted: bool) -> bool:
+        """Tell if libedit needs a placeholder: it overflows in long lines, and has no newlines.
+
+        A few lines that were typed, and come back, can be edited: a sign stands for each newline.
+        """
+        has_pasted_lines = pasted and "\n" in text
+        return has_pasted_lines or len(text) > MAX_TYPED_RUN or NEWLINE_SIGN in text
 
     def _placeholder(self, text: str) -> str:
         """Return the placeholder that stands for a text in the line."""
         number = len(self._placeholders) + 1
-        placeholder = f"[{number}: {shorten(text, 30)} {len(text)} characters]"
+        beginning = shorten(text.replace(NEWLINE_SIGN, " "), 30)
+        placeholder = f"[{number}: {beginning} {len(text)} characters]"
         return self._placeholders.setdefault(text, placeholder)
 
     def _is_tall(self, text: str) -> bool:
