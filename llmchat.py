@@ -143,7 +143,20 @@ class ChatError(Exception):
 
 
 class EngineError(ChatError):
-    """The engine failed. With several hosts this ends the chat, because their caches may differ now."""
+    """The engine failed. With several hosts this ends the chat: their caches may differ now."""
+
+
+class StreamError(Exception):
+    """A standard stream can't be read or written any more; the cause is an `OSError`."""
+
+
+@contextlib.contextmanager
+def stream_errors() -> Iterator[None]:
+    """Turn the `OSError` of a standard stream that is used in this block into a `StreamError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StreamError from error
 
 
 def shorten(text: str, limit: int = 300) -> str:
@@ -153,7 +166,10 @@ def shorten(text: str, limit: int = 300) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """Return an error's own text on one short line without a full stop, or its type if it has none."""
+    """Return an error's own text on one short line without a full stop.
+
+    An error without a text is named by its type.
+    """
     try:
         text = str(getattr(error, "strerror", None) or error)
     except Exception:
@@ -1582,8 +1598,8 @@ class Hosts:
         with explain_errors(what, "", RuntimeError, ValueError, error_type=EngineError):
             with mx.stream(generation_stream):
                 length = int(all_sum(mx.array(len(data))).item())
-                # One host gives bytes, the others as many zeros. MLX takes a bytearray as it is, but
-                # a list byte by byte: 24 ms for 1.2 MB in place of 0.05 ms.
+                # One host gives bytes, the others as many zeros. MLX takes a bytearray as it is,
+                # but a list byte by byte: 24 ms for 1.2 MB in place of 0.05 ms.
                 buffer: Any = bytearray(data or length)
                 return json.loads(bytes(all_sum(mx.array(buffer))))
 
@@ -2411,8 +2427,8 @@ def load_model(found: ModelFiles, settings: Settings, hosts: Hosts) -> Model:
 
 # ---------------------------------------------------------------------------------- Prompt cache
 
-# Tokens of a prompt that are put through the model at once (a prefill step). mlx-lm's own default is
-# 2048, for which a small model on a slow machine takes a second; a stop waits for one step.
+# Tokens of a prompt that are put through the model at once (a prefill step). mlx-lm's own default
+# is 2048, for which a small model on a slow machine takes a second.
 PREFILL_STEP_TOKENS = 512
 
 # The same while the user types: Enter waits for one step at most.
@@ -4083,7 +4099,8 @@ def one_shot_prompt(
         )
     piped = ""
     if not (launched or stdin.isatty()):
-        piped = read_standard_input(stdin, notice).strip("\n")
+        with stream_errors():
+            piped = read_standard_input(stdin, notice).strip("\n")
     prompt = piped if text == "-" else "\n\n".join(part for part in (piped, text) if part)
     if not prompt.strip():
         raise ChatError("There is nothing to reply to: give -p a text, or pipe one in.")
@@ -4951,7 +4968,7 @@ def write_all(stream: TextIO, text: str) -> None:
     """Write a text to a stream at once, also where the stream does not wait for its reader.
 
     Python's own streams lose text if the descriptor is set not to block, as another process that
-    shares it may do at any time.
+    shares it may do at any time. Raises `StreamError`.
     """
     buffer = getattr(stream, "buffer", None)
     if buffer is None:
@@ -4959,12 +4976,13 @@ def write_all(stream: TextIO, text: str) -> None:
         return
     raw = getattr(buffer, "raw", buffer)
     data = text.encode(stream.encoding, stream.errors or "strict")
-    while data:
-        written = raw.write(data)
-        if written is None:
-            select.select([], [raw], [])
-            written = 0
-        data = data[written:]
+    with stream_errors():
+        while data:
+            written = raw.write(data)
+            if written is None:
+                select.select([], [raw], [])
+                written = 0
+            data = data[written:]
 
 
 class Screen:
@@ -6069,7 +6087,8 @@ class LineEditor:
         """Read a line, and write it after its prompt as a terminal would echo it."""
         self._screen.write(prompt)
         try:
-            line = self._piped_lines.read()
+            with stream_errors():
+                line = self._piped_lines.read()
         except ChatError:
             self._screen.write("\n")
             raise
@@ -7028,7 +7047,7 @@ class Chat:
                 self.conversation.save_state(session.state_path)
         except (OSError, ChatError) as error:
             # Only time is lost, and this must not hide why the chat ends.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StreamError):
                 self.screen.notice(f"The state is not saved: {root_cause_text(error)}.")
 
     def show_reply(self, pieces: Generator[Piece, None, None]) -> None:
@@ -7262,7 +7281,10 @@ def new_files(settings: Settings, messages: Sequence[Message]) -> dict[str, str]
 
 
 def repair_standard_streams() -> None:
-    """Replace standard streams that were closed, and have the others replace what they can't encode."""
+    """Replace standard streams that were closed.
+
+    The others are told to replace what they can't encode.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
@@ -7336,13 +7358,14 @@ def run_with_signals(argv: Sequence[str] | None, engine: Engine) -> int:
     except SystemExit as error:
         # Raised by argparse, or by `exit_if_signalled`.
         status = int(error.code or 0)
-    except OSError as error:
+    except StreamError as error:
         show_traceback_if_debugging()
+        cause = error.__cause__ or error
         # Python's own flush at exit must not fail once more on a standard output that is gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-        message = f"Standard input or output can't be used any more: {error_text(error)}."
-        if isinstance(error, BrokenPipeError):
+        message = f"Standard input or output can't be used any more: {error_text(cause)}."
+        if isinstance(cause, BrokenPipeError):
             status = 128 + signal.SIGPIPE
             message = ""
     except BaseException:
