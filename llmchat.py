@@ -72,9 +72,9 @@ import os
 import signal
 
 # As a program, end quietly on Ctrl+C while the rest is imported; `main` takes the signals over.
-if __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("llmchat", "anechat"):
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+is_program = __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("llmchat", "anechat")
+if is_program and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import base64
@@ -100,8 +100,8 @@ import json
 import locale
 import logging
 import math
-import queue
 import pwd
+import queue
 import re
 import select
 import shlex
@@ -976,7 +976,7 @@ def cached_models() -> list[str]:
 def size_on_disk(name: str) -> int:
     """Return the bytes that a repository in the hub cache takes."""
     folder = locate(name, None)
-    return sum(os.path.getsize(folder / file) for file in file_names(folder))
+    return sum((folder / file).stat().st_size for file in file_names(folder))
 
 
 def describe_bytes(size: int) -> str:
@@ -3294,9 +3294,10 @@ class Statistics:
     def generation_tps(self) -> float:
         """Generated tokens per second, without the first, which belongs to the prefill."""
         decode_s = self.total_s - self.time_to_first_token_s
-        if self.generation_tokens < 2 or not decode_s:
+        decode_tokens = self.generation_tokens - 1
+        if decode_tokens <= 0 or not decode_s:
             return 0.0
-        return (self.generation_tokens - 1) / decode_s
+        return decode_tokens / decode_s
 
     def summary(self) -> str:
         """Return the statistics as one line of less than 80 columns."""
@@ -6985,9 +6986,8 @@ class Chat:
         for name, source in list(self.settings.sources.items()):
             if source == RECOMMENDATIONS_FILE:
                 self.settings.reset(name)
-        if self.settings.recommended:
-            if sentence := apply_recommended(self.settings, folder):
-                self.screen.notice(sentence)
+        if self.settings.recommended and (sentence := apply_recommended(self.settings, folder)):
+            self.screen.notice(sentence)
         self.autosave.record_model()
 
     def _show_error(self, error: ChatError) -> None:

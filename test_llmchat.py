@@ -1848,11 +1848,10 @@ def test_leaving_while_the_engine_works_is_quiet(moment, way, demo, terminal, ho
         # In a reply and while it loads, Ctrl+D and what ends a chat are for the next prompt.
         if moment != "reading ahead":
             screen.send("\x1b" if moment != "loading" else "", "prompt -> ")
+        # A prompt that was stopped stands in the line again.
+        screen.send(CTRL_U)
         if way == "Ctrl+C twice":
-            screen.send(CTRL_U + CTRL_C, "prompt -> ")
             screen.send(CTRL_C, "Press Ctrl+C again*prompt -> ")
-        elif moment == "prefill":
-            screen.send(CTRL_U)
         screen.send(keys)
     assert screen.leave() == status
     assert "different thread" not in screen.output and "Traceback" not in screen.output
