@@ -838,7 +838,7 @@ def silence_libraries() -> Iterator[None]:
 
     They ask, for instance, if a model's code may run. Another thread may be in this block while
     the main thread shows something: the screen and the line editor hold their own references to
-    the standard streams, which this leaves alone.
+    the standard streams, which this leaves alone. But only one thread at a time may be in it.
     """
     disabled_level = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -855,8 +855,15 @@ def silence_libraries() -> Iterator[None]:
             logging.disable(disabled_level)
 
 
+# What huggingface-hub reads as it is imported: our own status line tells how far a download is,
+# and without the second the client tells what it runs on.
+HUB_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
 def import_library(name: str) -> Any:
     """Return a library's module, which is imported only now. Raises `ChatError`."""
+    for variable, value in HUB_VARIABLES.items():
+        os.environ.setdefault(variable, value)
     # A library may fail in any way while it is imported: it reads the environment, for instance.
     with silence_libraries(), explain_errors(
         "The libraries can't be loaded",
@@ -869,10 +876,6 @@ def import_library(name: str) -> Any:
 
 def hub_constants() -> Any:
     """Return huggingface-hub's constants, which it takes from the environment."""
-    # Our own status line tells how far a download is.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Without this the client sends what it runs on with each request.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return import_library("huggingface_hub.constants")
 
 
@@ -1143,7 +1146,10 @@ def network_error_text(error: BaseException) -> str:
 
 
 def network_advice(error: BaseException) -> str:
-    """Return what to look at after a failed request: a variable, if it depends on one."""
+    """Return what to look at after a failed request: a variable, if it depends on one.
+
+    Nothing is returned where the client says itself what is missing.
+    """
     import ssl
     import urllib.request
 
@@ -1156,7 +1162,8 @@ def network_advice(error: BaseException) -> str:
     proxies = urllib.request.getproxies()
     proxy = proxies.get(endpoint.scheme) or proxies.get("all")
     if not proxy or urllib.request.proxy_bypass(endpoint.hostname or ""):
-        return "Check the network."
+        is_of_the_network = isinstance(error, OSError) or not isinstance(error, ValueError)
+        return "Check the network." if is_of_the_network else ""
     variables = [name for name, value in os.environ.items() if name.lower().endswith("_proxy")]
     named = [name for name in variables if os.environ[name] == proxy] or ["The system's proxy"]
     return f"{named[0]} is {without_password(proxy)}: check that proxy, or do without it."
@@ -1164,10 +1171,10 @@ def network_advice(error: BaseException) -> str:
 
 def unknown_repository_hint(name: str) -> str:
     """Return which model may have been meant by a name that the hub doesn't know, or nothing."""
+    if os.path.isdir(name):
+        return f"; the folder here is ./{name}."
     if hint := did_you_mean(name, cached_models()):
         return hint
-    if os.path.isdir(name):
-        return f"; the folder here is ./{name}"
     return "" if "/" in name else f"; did you mean mlx-community/{name}?"
 
 
@@ -1194,8 +1201,8 @@ def hub_error_message(name: str, revision: str | None, error: BaseException) -> 
             f"{error.filename} can't be used ({root_cause_text(error)}): set HF_HOME to a folder"
             " that you can write to."
         )
-    text = network_error_text(error)
-    return f"{what} could not be fetched from {hub}: {text}. {network_advice(error)} {RETRY_HINT}"
+    advice = " ".join(filter(None, [network_advice(error), RETRY_HINT]))
+    return f"{what} could not be fetched from {hub}: {network_error_text(error)}. {advice}"
 
 
 def missing_part(name: str, revision: str | None) -> str:
