@@ -5227,8 +5227,11 @@ PASTE_END = b"\x1b[201~"
 MAX_TYPED_RUN = 500
 LONG_RUN = re.compile(rb"(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]){%d,}" % (MAX_TYPED_RUN + 1))
 
-# Several lines: "one\rtwo", but not "one\r\r".
-SEVERAL_LINES = re.compile(rb"[\r\n][^\r\n]")
+# Several lines: "one\rtwo", but not "one\r\r", nor Alt+Enter in "one\x1b\rtwo".
+SEVERAL_LINES = re.compile(rb"(?<!\x1b)[\r\n][^\r\n]")
+
+# The Enters at the end of a burst.
+LAST_ENTERS = re.compile(rb"((?<!\x1b)[\r\n])*\Z")
 
 # The parts of what a terminal sends.
 KEY_TOKEN = re.compile(
@@ -5271,8 +5274,6 @@ class Key(enum.Enum):
     LEFT = (b"\x1b[D", "", "ed-prev-char")
     HOME = (b"\x1b[H", "beginning-of-line", "ed-move-to-beg")
     END = (b"\x1b[F", "end-of-line", "ed-move-to-end")
-    PAGE_UP = (b"\x1b[5~", "", "ed-unassigned")
-    PAGE_DOWN = (b"\x1b[6~", "", "ed-unassigned")
     DELETE = (b"\x1b[3~", "delete-char", "ed-delete-next-char")
     WORD_RIGHT = (b"\x1b[1;5C", "forward-word", "em-next-word")
     WORD_LEFT = (b"\x1b[1;5D", "backward-word", "ed-prev-word")
@@ -5292,6 +5293,9 @@ LIBEDIT_CODES = {key: 0x80 + index for index, key in enumerate(Key)}
 LIBEDIT_BYTES = {key.sequence: chr(code).encode() for key, code in LIBEDIT_CODES.items()}
 LIBEDIT_SEQUENCE = re.compile(b"|".join(map(re.escape, LIBEDIT_BYTES)))
 
+# In vi's insert mode libedit's own functions would leave the cursor on the last character.
+LIBEDIT_INSERT_FUNCTIONS = {Key.RIGHT: "vi-add", Key.END: "vi-add-at-eol"}
+
 # The keys by the last byte of their sequence, and by its first number where it ends in "~".
 KEYS_BY_LETTER = {
     b"A": Key.UP,
@@ -5305,8 +5309,6 @@ KEYS_BY_NUMBER = {
     1: Key.HOME,
     3: Key.DELETE,
     4: Key.END,
-    5: Key.PAGE_UP,
-    6: Key.PAGE_DOWN,
     7: Key.HOME,
     8: Key.END,
 }
@@ -5491,9 +5493,9 @@ class KeyQueue:
         they are prompts that were typed ahead. Esc is left out unless it is a key of its own.
         """
         data = self._take_arrived()
-        text = data.rstrip(b"\r\n")
-        if is_idle and not self._items and PASTE_START not in data and SEVERAL_LINES.search(text):
-            data = PASTE_START + text + PASTE_END + data[len(text) :]
+        is_typed_ahead = self._items or not is_idle
+        if SEVERAL_LINES.search(data) and PASTE_START not in data and not is_typed_ahead:
+            data = PASTE_START + LAST_ENTERS.sub(PASTE_END + rb"\g<0>", data, count=1)
         self._add_items(mark_long_runs(data), escape=ESCAPE if escape_is_key else b"")
 
     def drop_escape(self) -> None:
@@ -5957,13 +5959,17 @@ class LineEditor:
         readline.set_completer_delims(" \n")
 
     def _bind_libedit_keys(self) -> None:
-        self._readline.parse_and_bind("bind ^I rl_complete")
+        bind = self._readline.parse_and_bind
+        bind("bind ^I rl_complete")
         for key, code in LIBEDIT_CODES.items():
-            # The keys of emacs, or of vi's insert mode; and of its command mode.
-            for options in ("", "-a "):
-                self._readline.parse_and_bind(f"bind {options}\\\\{code:o} {key.libedit_function}")
+            function = key.libedit_function
+            # In the command mode of vi.
+            bind(f"bind -a \\\\{code:o} {function}")
+            if self._vi_keys:
+                function = LIBEDIT_INSERT_FUNCTIONS.get(key, function)
+            bind(f"bind \\\\{code:o} {function}")
         # In vi's command mode Esc begins no sequence.
-        self._readline.parse_and_bind("bind -a ^[ ed-unassigned")
+        bind("bind -a ^[ ed-unassigned")
 
     def _bind_readline_keys(self) -> None:
         bindings = [r'"\e[200~": bracketed-paste-begin']

@@ -41,6 +41,7 @@ import textwrap
 import threading
 import time
 import timeit
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from statistics import median
@@ -1166,6 +1167,188 @@ def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split() -> None:
             assert not wicked.search(output)
     assert shown == {"Look: [2J]52;c;cm0= there\n"}
     assert llmchat.strip_control_characters("\tschön 👋🏽\n שלום\u200f") == "\tschön 👋🏽\n שלום\u200f"
+
+
+WORD_LEFT, WORD_RIGHT = b"\x1b[1;5D", b"\x1b[1;5C"
+# What a terminal sends, and what a queue makes of it.
+KEYS = {
+    "characters": (b"abc", [b"abc"]),
+    "a line": (b"abc\r", [b"abc\r"]),
+    "characters of several bytes": ("ça 🎉\r".encode(), ["ça 🎉\r".encode()]),
+    "control keys": (b"\x01\x0b\x12", [b"\x01\x0b\x12"]),
+    "a key with Alt": (b"\x1bb", [b"\x1bb"]),
+    "Alt+Backspace": (b"\x1b\x7f", [b"\x1b\x7f"]),
+    "arrows": (b"\x1b[A\x1bOB\x1b[C\x1bOD", [b"\x1b[A\x1b[B\x1b[C\x1b[D"]),
+    "Home": (b"\x1b[H\x1bOH\x1b[1~\x1b[7~", [b"\x1b[H" * 4]),
+    "End": (b"\x1b[F\x1bOF\x1b[4~\x1b[8~", [b"\x1b[F" * 4]),
+    "Delete": (b"\x1b[3~", [b"\x1b[3~"]),
+    "Option and arrows": (b"\x1b[1;3D\x1b[1;3C", [WORD_LEFT + WORD_RIGHT]),
+    "Ctrl and arrows": (b"\x1b[1;5D\x1b[5C\x1bO5D", [WORD_LEFT + WORD_RIGHT + WORD_LEFT]),
+    "Ctrl and arrows of rxvt": (b"\x1bOd\x1bOc", [WORD_LEFT + WORD_RIGHT]),
+    "Alt and arrows of rxvt": (b"\x1b\x1b[D\x1b\x1b[C", [WORD_LEFT + WORD_RIGHT]),
+    "Shift and arrows": (b"\x1b[1;2A\x1b[1;2D\x1b[c", [b"\x1b[A\x1b[D\x1b[C"]),
+    "Command and arrows": (b"\x1b[1;9D\x1b[1;9C", [b"\x1b[H\x1b[F"]),
+    "Ctrl+Home and Shift+End": (b"\x1b[1;5H\x1b[1;2F\x1b[7^\x1b[8$", [b"\x1b[H\x1b[F\x1b[H\x1b[F"]),
+    "Ctrl+Delete": (b"\x1b[3;5~\x1b[3^", [b"\x1b[3;5~" * 2]),
+    "function keys": (b"\x1bOP\x1b[15~\x1b[24~\x1b[[A\x1b[11^\x1b[23$\x1b[1;2P", []),
+    "Insert, PageUp, PageDown and Shift+Tab": (b"\x1b[2~\x1b[5~\x1b[6~\x1b[Z", []),
+    "focus, mouse and answers": (b"\x1b[I\x1b[O\x1b[<0;10;10M\x1b[?1;2c\x1b[24;80R", []),
+    "a sequence without its end": (b"a\x1b[1\r", [b"a\r"]),
+    "Alt+[ and Alt+O": (b"\x1b[", []),
+    "Alt+Enter": (b"a\x1b\rb\x1b\n", [b"a", "\n", b"b", "\n"]),
+    "Shift+Enter of xterm": (b"a\x1b[27;2;13~b", [b"a", "\n", b"b"]),
+    "Shift+Enter of kitty": (b"a\x1b[13;2ub", [b"a", "\n", b"b"]),
+    "Enter with Ctrl and Alt": (b"\x1b[13;5u\x1b[13;3u\x1b[13;2:1u", ["\n"] * 3),
+    "Shift and Enter of the keypad": (b"\x1b[57414;2u\x1bO2M", ["\n"] * 2),
+    "the release of Enter": (b"\x1b[13;2:3u", []),
+    "Enter in CSI u": (b"a\x1b[13u", [b"a\r"]),
+    "Enter of the keypad": (b"a\x1bOM", [b"a\r"]),
+    "numbers of the keypad": (b"\x1bOp\x1bOq\x1bOk", [b"01+"]),
+    "characters in CSI u": (b"\x1b[97u\x1b[97;2u\x1b[32;2u\x1b[233u", ["aA é".encode()]),
+    "Ctrl in CSI u": (b"\x1b[97;5u\x1b[27;5;100~", [b"\x01\x04"]),
+    "Alt in CSI u": (b"\x1b[98;3u\x1b[127;3u", [b"\x1bb\x1b\x7f"]),
+    "Backspace and Tab in CSI u": (b"\x1b[127u\x1b[9u\x1b[127;2u", [b"\x7f\t\x7f"]),
+    "keys of CSI u without meaning": (b"\x1b[57352u\x1b[97;9u\x1b[9;2u\x1b[49;5u\x1b[9999999u", []),
+    "Esc": (b"a\x1b", [b"a"]),
+    "Esc twice": (b"\x1b\x1b", []),
+    "Esc before what Alt can't be pressed with": (b"\x1b\xc3\xa9", [b"\xc3\xa9"]),
+    "a marked paste": (b"a\x1b[200~one\r\ntwo\rthree\x1b[201~b\r", [b"a", "one\ntwo\nthree", b"b\r"]),
+    "a marked paste of keys": (b"\x1b[200~\x1b[A\x04\x1b\r\x1b[201~", ["\x1b[A\x04\x1b\n"]),
+    "a marked paste after Esc": (b"\x1b\x1b[200~one\x1b[201~", ["one"]),
+    "a marked paste without its end": (b"\x1b[200~one\rtwo", ["one\ntwo"]),
+    "the end of a paste": (b"a\x1b[201~b", [b"ab"]),
+    "lines in one burst": (b"one\rtwo\r\r", ["one\ntwo", b"\r", b"\r"]),
+    "a long run": (b"x" * 501 + b"\r", ["x" * 501, b"\r"]),
+    "a long line of keys": (b"x" * 300 + b"\x01" + b"x" * 300, [b"x" * 300 + b"\x01" + b"x" * 300]),
+}
+# The same where no prompt is read: the items, and whether Esc was pressed.
+KEYS_AHEAD = {
+    "lines in one burst": (b"one\rtwo\rthr", [b"one\r", b"two\r", b"thr"], False),
+    "Esc": (b"one\x1b", [b"one"], True),
+    "Esc in CSI u": (b"\x1b[27u", [], True),
+    "a key with Alt": (b"\x1bb", [b"\x1bb"], False),
+    "an arrow": (b"\x1b[A", [b"\x1b[A"], False),
+    "Ctrl+D": (b"a\x04b\x04", [b"ab"], False),
+    "a paste": (b"\x1b[200~one\rtwo\x1b[201~\r", ["one\ntwo", b"\r"], False),
+    "a paste that holds Esc": (b"\x1b[200~one\x1b\x1b[201~", ["one\x1b"], False),
+    "a long run": (b"x" * 501, ["x" * 501], False),
+}
+
+
+def split_anywhere(data: bytes) -> list[list[bytes]]:
+    """The ways to cut data into two parts, and into single bytes."""
+    in_two = [[data[:place], data[place:]] for place in range(len(data))]
+    return [*in_two, [data[place : place + 1] for place in range(len(data))]]
+
+
+def sorted_items(queue: llmchat.KeyQueue, parts: list[bytes], sort) -> list[bytes | str]:
+    """What a queue makes of parts that arrive one right after the other."""
+    for part in parts:
+        queue.add(part)
+    while queue.wait_s(llmchat.ESCAPE_S) is not None:
+        sort()
+    items = []
+    while queue.has_items():
+        items.append(queue.take())
+    return items
+
+
+@pytest.mark.parametrize(("data", "items"), KEYS.values(), ids=KEYS)
+def test_keys_in_a_line_are_sorted_wherever_they_are_split(data, items) -> None:
+    for parts in split_anywhere(data):
+        queue = llmchat.KeyQueue()
+        sort = functools.partial(queue.sort_line, is_idle=True, escape_is_key=False)
+        assert sorted_items(queue, parts, sort) == items
+
+
+@pytest.mark.parametrize(("data", "items", "escaped"), KEYS_AHEAD.values(), ids=KEYS_AHEAD)
+def test_keys_typed_ahead_are_sorted_wherever_they_are_split(data, items, escaped) -> None:
+    for parts in split_anywhere(data):
+        queue, escapes = llmchat.KeyQueue(), []
+
+        def sort(queue=queue, escapes=escapes) -> None:
+            escapes.append(queue.sort_ahead())
+
+        assert sorted_items(queue, parts, sort) == items
+        assert any(escapes) is escaped
+
+
+def test_an_esc_is_a_key_of_its_own_for_vi_and_else_the_first_half_of_the_next_key() -> None:
+    queue = llmchat.KeyQueue()
+    for_vi = functools.partial(queue.sort_line, is_idle=True, escape_is_key=True)
+    assert sorted_items(queue, [b"a\x1b"], for_vi) == [b"a\x1b"]
+    queue.add(b"a\x1b")
+    queue.sort_line(True, escape_is_key=False)
+    assert (queue.take(), queue.wait_s(7.0), queue.has_keys()) == (b"a", 7.0, False)
+    queue.add(b"b")
+    queue.sort_line(True, escape_is_key=False)
+    assert queue.take() == b"\x1bb"
+    queue.add(b"\x1b")
+    queue.drop_escape()
+    queue.add(b"/")
+    queue.sort_line(True, escape_is_key=False)
+    assert queue.take() == b"/"
+
+
+def test_lines_in_a_burst_are_prompts_of_their_own_while_keys_wait() -> None:
+    queue = llmchat.KeyQueue()
+    for is_idle in (False, True):
+        queue.add(b"one\rtwo\r")
+        queue.sort_line(is_idle, escape_is_key=False)
+    assert [queue.take() for _ in range(4)] == [b"one\r", b"two\r", b"one\r", b"two\r"]
+    assert not queue.has_items()
+
+
+# What is written in a window of 20 columns, and how it is shown: at ↵ a row ends in place of a blank.
+WRAPPED = {
+    "a tab goes to the next stop": ("a\tbcdefgh ijk lmnop", "a\tbcdefgh ijk↵lmnop"),
+    "a tab does not leave the row": ("a\t\t\tb cd", "a\t\t\tb↵cd"),
+    "a word after a tab": ("one two three\tfours", "one two↵three\tfours"),
+    "a line that begins with no width": ("\u200bone two three fourfive", "\u200bone two three↵fourfive"),
+    "a word of no width alone": ("\u200b one two three fourfive", "\u200b one two three↵fourfive"),
+    "marks over letters": ("e\u0301" * 18 + " a b", "e\u0301" * 18 + " a↵b"),
+    "Korean letter by letter": ("\u1112\u1161\u11ab" * 9 + " x", "\u1112\u1161\u11ab" * 9 + " x"),
+    "a soft hyphen is seen": ("\u00ad" * 18 + " a b", "\u00ad" * 18 + " a↵b"),
+    "a full row": ("x" * 20 + " y", "x" * 20 + "↵y"),
+    "a word too long": ("a " + "x" * 45 + " " + "y" * 14, "a " + "x" * 45 + "↵" + "y" * 14),
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), WRAPPED.values(), ids=WRAPPED)
+def test_a_row_holds_what_it_has_columns_for(text, shown) -> None:
+    for place in range(len(text)):
+        wrap = llmchat.WordWrap(lambda: 20)
+        written = wrap.feed(text[:place]) + wrap.feed(text[place:]) + wrap.flush()
+        assert written == shown.replace("↵", "\n")
+
+
+def test_a_status_line_stays_in_its_row_and_is_erased() -> None:
+    written = []
+    status = llmchat.StatusLine(str, written.append, lambda: 10, style="")
+    for text in ("loading", "loading", "loading 日本", "la\x1b[2J", ""):
+        status.update(text)
+    assert written == ["\rloading", "\rloading ", "\rla[2J   ", "\r     \r"]
+
+
+def test_a_steady_status_line_says_each_activity_once() -> None:
+    written = []
+    status = llmchat.StatusLine(str, written.append, lambda: 10, steady=True)
+    for text in ("loading: 1 of 2 GB", "loading: 2 of 2 GB", "a long activity", "a long activity: 1", ""):
+        status.update(text)
+    with status.hidden():
+        written.append("a notice\n")
+    assert written == ["loading\n", "a long activity\n", "a notice\n"]
+
+
+def test_what_is_written_to_a_stream_that_does_not_wait_arrives_whole() -> None:
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    text = "".join(f"{number} ça\n" for number in range(100_000))
+    with open(readable, "rb") as reader, ThreadPoolExecutor(1) as pool:
+        with open(writable, "w", encoding="utf-8") as stream:
+            arrived = pool.submit(reader.read)
+            llmchat.write_all(stream, text)
+        assert arrived.result().decode() == text
 
 
 def test_the_history_is_bounded_and_rewritten_only_when_it_has_doubled(tmp_path) -> None:
@@ -2893,6 +3076,198 @@ needs_libedit = pytest.mark.skipif(not LIBEDIT, reason="LLMCHAT_LIBEDIT names no
 on_libedit = pytest.param("libedit", marks=[pytest.mark.libedit, needs_libedit])
 
 
+# A program that reads prompts, and tells of each what it is; `/draft TEXT` puts a text into the next
+# line, and `/wait` reads nothing for a second.
+READER = """
+import os, pathlib, sys, time
+import llmchat
+screen = llmchat.Screen(sys.stdout, sys.stderr, interactive=True)
+history = llmchat.PromptHistory(pathlib.Path(os.environ["HOME"], ".llmchat_history"))
+editor = llmchat.LineEditor(sys.stdin, screen, history)
+escapes = []
+editor.open(llmchat.completions, lambda: escapes.append("Esc"))
+draft = ""
+while True:
+    try:
+        prompt = editor.read_prompt(draft)
+        draft = ""
+    except KeyboardInterrupt:
+        screen.write(f"Ctrl+C, text: {editor.line_has_text()}\\n")
+        continue
+    except EOFError:
+        break
+    if prompt.text.startswith("/draft "):
+        draft = prompt.text[len("/draft ") :].replace("|", "\\n")
+        continue
+    if prompt.text == "/wait":
+        screen.write("waiting\\n")
+        time.sleep(1)
+        screen.write(f"{escapes}\\n")
+        screen.reply_ended_s = time.monotonic()
+        continue
+    screen.write(f"{prompt}\\n")
+    editor.add_to_history(prompt)
+editor.close()
+"""
+TYPED = "Prompt(text={!r}, is_typed_line=True)\n".format
+NOT_TYPED = "Prompt(text={!r}, is_typed_line=False)\n".format
+
+
+@pytest.fixture(params=["readline", on_libedit])
+def reader(request, environment, terminal):
+    """Opens terminals with a program that reads prompts, with each line editor that there is."""
+    environment["LC_ALL"] = "C.UTF-8"
+    if request.param == "libedit":
+        environment["PYTHONPATH"] += f":{LIBEDIT}"
+    opened = functools.partial(terminal, program=[sys.executable, "-c", READER])
+    opened.libedit = request.param == "libedit"
+    return opened
+
+
+def read(screen: Terminal, *keys: str) -> str:
+    """Type keys, each after a pause as a hand makes it, and then Enter; return what was read."""
+    for key in keys:
+        screen.send(key)
+    screen.send("\r", "\n")
+    said = screen.expect("\nprompt -> ")
+    return said[said.index("Prompt(") :].removesuffix("\nprompt -> ")
+
+
+EDITING = {
+    "Option and Left": (["abc def", "\x1b[1;3D", "X"], "abc Xdef"),
+    "Ctrl and Left": (["abc def", "\x1b[1;5D", "\x1b[1;5D", "X"], "Xabc def"),
+    "Ctrl and Right": (["abc def", "\x1b[H", "\x1bOc", "X"], "abcX def"),
+    "Alt+b as Esc and b": (["abc def", "\x1b", "b", "X"], "abc Xdef"),
+    "Home, End and Delete": (["abc", "\x1b[1~", "X", "\x1bOF", "Y", "\x1b[H", "\x1b[3~"], "abcY"),
+    "Command and Left": (["abc def", "\x1b[1;9D", "X"], "Xabc def"),
+    "Alt+Backspace": (["abc def", "\x1b\x7f", "X"], "abc X"),
+    "Ctrl+Delete": (["abc def", "\x1b[H", "\x1b[3;5~", "X"], "X def"),
+    "Shift and arrows": (["abc", "\x1b[1;2D", "X"], "abXc"),
+    "function keys": (["abc", "\x1b[24~", "\x1bOP", "\x1b[[A", "X"], "abcX"),
+    "PageUp, Insert and Shift+Tab": (["abc", "\x1b[5~", "\x1b[2~", "\x1b[Z", "X"], "abcX"),
+}
+
+
+def test_keys_move_and_delete_and_what_means_nothing_types_nothing(reader) -> None:
+    screen = reader()
+    for keys, text in EDITING.values():
+        assert read(screen, *keys) == TYPED(text)
+
+
+def test_a_new_line_begins_with_alt_enter_and_shift_enter(reader) -> None:
+    screen = reader()
+    for key in ("\x1b\r", "\x1b[27;2;13~", "\x1b[13;2u"):
+        assert read(screen, "/clear", key, "b") == NOT_TYPED("/clear\nb")
+    # The block comes back with its newline, and can be edited.
+    assert read(screen, UP, "c") == NOT_TYPED("/clear\nbc")
+    assert read(screen, "a", "\x1b", "\rb") == NOT_TYPED("a\nb")
+    # What stands for the newline on libedit is itself where it was typed or pasted.
+    assert read(screen, "a␤b") == TYPED("a␤b")
+    assert read(screen, MARKED("c␤d")) == NOT_TYPED("c␤d")
+
+
+def test_only_a_typed_line_is_a_typed_line(reader) -> None:
+    screen = reader()
+    assert read(screen, "//clear") == TYPED("//clear")
+    for text in ("// foo.ts", "/clear", "quit", "// foo.ts\nbar"):
+        assert read(screen, MARKED(text.replace("\n", "\r"))) == NOT_TYPED(text)
+    for text in ("/clear", "quit", "// foo.ts"):
+        assert read(screen, f'"""{text}"""') == NOT_TYPED(text)
+        # It is the same when it comes back.
+        recalled = read(screen, UP)
+        assert recalled in (NOT_TYPED(text), TYPED(f"/{text}"))
+    # A paste may be what a command is about, also a block, and also when the command comes back.
+    assert read(screen, "/file ", MARKED("a.txt")) == TYPED("/file a.txt")
+    assert read(screen, "/system ", MARKED("one\rtwo")) == TYPED("/system one\ntwo")
+    assert read(screen, UP) == TYPED("/system one\ntwo")
+
+
+DRAFTS = {
+    "/clear": TYPED("//clear"),
+    "quit": NOT_TYPED("quit"),
+    "one|two": NOT_TYPED("one\ntwo"),
+    '"""one': NOT_TYPED('"""one'),
+    '"""one|two"""': NOT_TYPED('"""one\ntwo"""'),
+}
+
+
+def test_a_draft_is_sent_as_it_is(reader) -> None:
+    screen = reader()
+    for draft, prompt in DRAFTS.items():
+        screen.send(f"/draft {draft}\r", "\nprompt -> ")
+        assert read(screen) == prompt
+
+
+def test_ctrl_c_drops_a_line_that_up_brings_back(reader, home) -> None:
+    screen = reader()
+    screen.send("abc", "abc")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
+    assert read(screen, UP, "d") == TYPED("abcd")
+    screen.send('"""\r', "... ")
+    screen.send("one\r", "... ")
+    screen.send("two", "two")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
+    screen.send(CTRL_C, "Ctrl+C, text: False\n\nprompt -> ")
+    assert read(screen, UP) == NOT_TYPED("one\ntwo")
+    screen.send("a secret", "secret")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
+    assert (home / ".llmchat_history").read_text() == "abcd\none\\ntwo\n"
+
+
+def test_an_esc_of_a_dropped_line_belongs_to_no_key(reader) -> None:
+    screen = reader()
+    screen.send("abc", "abc")
+    screen.send("\x1b")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
+    assert read(screen, "/stats") == TYPED("/stats")
+
+
+def test_an_esc_right_after_a_reply_was_for_the_reply(reader) -> None:
+    screen = reader()
+    # At the first prompt there was no reply.
+    assert read(screen, "a b", "\x1b", "b", "X") == TYPED("a Xb")
+    screen.send("/wait\r", "waiting\n")
+    screen.send("\x1b", "['Esc']*\nprompt -> ")
+    assert read(screen, "a b", "\x1b", "b", "X") == TYPED("a bbX")
+
+
+VI_EDITING = {
+    "Esc by itself": (["abc def", "\x1b", "h", "iX"], "abc dXef"),
+    "Esc at once": (["\x1b", "ab"], "b"),
+    "Esc twice": (["abc def", "\x1b", "\x1b", "h", "iX"], "abc dXef"),
+    "a word back": (["abc def", "\x1b[1;3D", "X"], "abc Xdef"),
+    "a word back in command mode": (["abc def", "\x1b", "\x1b[1;3D", "iX"], "abc Xdef"),
+    "arrows": (["abc", "\x1b[D", "X", "\x1bOC", "Y"], "abXcY"),
+    "keys without meaning": (["abc", "\x1b[24~", "X", "\x1b", "\x1bOP", "\x1b[Z", "aY"], "abcXY"),
+}
+
+
+def test_vi_users_have_their_esc(reader, home) -> None:
+    (home / ".inputrc").write_text("set editing-mode vi\n")
+    (home / ".editrc").write_text("bind -v\n")
+    screen = reader()
+    for keys, text in VI_EDITING.values():
+        assert read(screen, *keys) == TYPED(text)
+    assert read(screen, "a", "\x1b[13;2u", "b") == NOT_TYPED("a\nb")
+    assert read(screen, MARKED("one\rtwo")) == NOT_TYPED("one\ntwo")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 80), (10, 40)])
+def test_a_paste_taller_than_the_window_is_a_placeholder(rows, columns, reader, home) -> None:
+    screen = reader()
+    fcntl.ioctl(screen.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    block = "\n".join(["Some words."] * 30)
+    screen.send(MARKED(block.replace("\n", "\r")), "[1: Some words.*… 359 characters]")
+    assert read(screen, " Why?") == NOT_TYPED(block + " Why?")
+    assert "words.\n" not in plain(screen.output).replace("\\n", "")
+    screen.send(UP, "[2: Some words.*characters]")
+    # The text is opened with /edit before it.
+    assert read(screen, "\x1b[H", "/edit ") == TYPED(f"/edit {block} Why?")
+    screen.send(MARKED(block.replace("\n", "\r")), "[1: Some words.*… 359 characters]")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
+    assert read(screen, UP) == NOT_TYPED(block)
+
+
 @pytest.fixture(params=["marked pastes", "bursts", on_libedit])
 def pasting(request, environment):
     if request.param == "libedit":
@@ -3369,6 +3744,28 @@ def test_foreign_nonsense_is_one_short_sentence(demo, chat, tmp_path) -> None:
     put("adapters.safetensors", "torn")(tmp_path)
     put("adapter_config.json", "{}")(tmp_path)
     assert f"can't be loaded with {tmp_path}" in chat(demo, "--adapter", str(tmp_path)).complaint
+
+
+def test_a_dumb_terminal_or_a_plain_one_redraws_no_line(demo, terminal) -> None:
+    for flags, changes in (([], {"TERM": "dumb"}), (["--plain"], {})):
+        screen = terminal(demo, *flags, **changes)
+        assert screen.output.count("loading\n") == 1
+        assert "\r\x1b[2m" not in screen.output and "\rloading" not in screen.output
+
+
+def test_standard_output_that_does_not_wait_loses_nothing(demo, chat) -> None:
+    code = "import os, sys; os.set_blocking(1, False); os.execv(sys.argv[1], sys.argv[1:])"
+    system = "Be brief. " * 10_000
+    program = [sys.executable, "-c", code, *PROGRAM]
+    done = chat(demo, "--system", system, stdin="/system\n", program=program)
+    assert done.out.endswith(f"prompt -> /system\n{system}\n\nprompt -> \nGoodbye!\n")
+
+
+def test_a_one_shot_that_waits_for_its_document_says_so(demo, start) -> None:
+    process = start(demo, "-p", SAMPLE[0].prompt)
+    assert process.stderr.readline().decode() == llmchat.STDIN_NOTICE + "\n"
+    out, err = process.communicate()
+    assert (out.decode(), err) == (SAMPLE[0].answer + "\n", b"")
 
 
 def test_a_log_holds_the_replies_and_no_prompts(demo, terminal, home) -> None:
