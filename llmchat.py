@@ -1450,27 +1450,15 @@ class Engine:
         return EngineIterator(self, items)
 
     @contextlib.contextmanager
-    def meanwhile(self, steps: Generator[Any, None, None]) -> Iterator[None]:
-        """Run a generator while the block runs; after the block it is left at its next step.
-
-        A `ChatError` only ends the generator: whoever needs its result meets the error again.
-        Any other error is raised after the block.
-        """
-        left = threading.Event()
-
-        def run() -> None:
-            with contextlib.suppress(ChatError), contextlib.closing(steps):
-                for _ in steps:
-                    if left.is_set():
-                        return
-
-        job = self.submit(run)
+    def meanwhile(self, *generators: Generator[Any, None, None]) -> Iterator[Background]:
+        """Run generators in this thread while a block runs; they are left at their next step."""
+        background = Background(self)
+        for steps in generators:
+            background.run(steps)
         try:
-            yield
+            yield background
         finally:
-            left.set()
-        if job.done():
-            job.result()
+            background.leave()
 
     def is_idle_within(self, timeout_s: float) -> bool:
         """Wait until all jobs are done, but not longer than this; return whether they are."""
@@ -1543,6 +1531,36 @@ class EngineIterator(Generic[R]):
         self.close()
 
 
+class Background:
+    """Generators that run in the engine's thread until nobody needs them any more."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._left = threading.Event()
+        self._jobs: list[concurrent.futures.Future[None]] = []
+
+    def run(self, steps: Generator[Any, None, None]) -> None:
+        """Run a generator after those before. Any thread may call this.
+
+        A `ChatError` only ends the generator: whoever needs its result meets the error again.
+        """
+
+        def job() -> None:
+            with contextlib.suppress(ChatError), contextlib.closing(steps):
+                while not self._left.is_set():
+                    if next(steps, WAITING) is WAITING:
+                        return
+
+        self._jobs.append(self._engine.submit(job))
+
+    def leave(self) -> None:
+        """Leave the generators at their next step, without waiting for it; raise their bugs."""
+        self._left.set()
+        for job in self._jobs:
+            if job.done():
+                job.result()
+
+
 class OnEngine(Generic[T]):
     """The only way to an object that belongs to the engine's thread."""
 
@@ -1562,11 +1580,16 @@ class OnEngine(Generic[T]):
         """Return an iterator over the generator that `work` makes of the object."""
         return self._engine.each(work(self._target))
 
+    @contextlib.contextmanager
     def meanwhile(
-        self, work: Callable[[T], Generator[Any, None, None]]
-    ) -> contextlib.AbstractContextManager[None]:
-        """Run the generator that `work` makes of the object while a block runs."""
-        return self._engine.meanwhile(work(self._target))
+        self,
+    ) -> Iterator[Callable[[Callable[[T], Generator[Any, None, None]]], None]]:
+        """While a block runs, run the generators that are made of the object.
+
+        Yields a function that takes such a `work`, and that any thread may call.
+        """
+        with self._engine.meanwhile() as background:
+            yield lambda work: background.run(work(self._target))
 
 
 # ----------------------------------------------------------------------------------------- Hosts
@@ -3592,12 +3615,20 @@ class Inference:
         return ""
 
     def read_ahead(
-        self, messages: Sequence[Message], first_sent: int, files: Sequence[str]
+        self,
+        messages: Sequence[Message],
+        first_sent: int,
+        files: Sequence[str],
+        beginning: str = "",
     ) -> Generator[None, None, None]:
         """Compute what is known of the next prompt: all that does not depend on what is typed.
 
-        `files` stand before that prompt. May be closed after any step. Raises `ChatError`.
+        `files` stand before that prompt. `beginning` is what it may begin with: it is only computed
+        where the state can be trimmed if it does not. May be closed after any step. Raises
+        `ChatError`.
         """
+        if beginning and not self._cache.can_trim:
+            return
         try:
             self.warm_up()
         except ChatError as error:
@@ -3606,7 +3637,7 @@ class Inference:
         yield
         prompts = []
         for made_up in MADE_UP_PROMPTS:
-            content = "\n\n".join([*files, made_up])
+            content = "\n\n".join([*files, beginning + made_up])
             next_messages = [*messages, {"role": "user", "content": content}]
             prompts.append(self._fit(next_messages, first_sent))
             yield
@@ -3777,18 +3808,25 @@ class Conversation:
 
     # The state
 
-    def read_ahead(self, files: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def read_ahead(self, files: Sequence[str]) -> Iterator[Callable[[str], None]]:
         """Compute what is known of the next prompt, with these files before it, during a block.
 
-        A reply that can be continued keeps its state instead.
+        Yields a function that takes a text with which the prompt will most likely begin, and that
+        any thread may call. A reply that can be continued keeps its state instead.
         """
         if self._unfinished:
-            return contextlib.nullcontext()
+            yield lambda beginning: None
+            return
         messages = self.messages
         first_sent = self._first_to_send(messages)
-        return self._inference.meanwhile(
-            lambda inference: inference.read_ahead(messages, first_sent, files)
-        )
+        with self._inference.meanwhile() as run:
+
+            def read(beginning: str) -> None:
+                run(lambda each: each.read_ahead(messages, first_sent, files, beginning))
+
+            read("")
+            yield read
 
     def load_state(self, path: Path) -> None:
         """Have the next prompt begin with the state in this file, if it is of use."""
@@ -5854,6 +5892,9 @@ class LineEditor:
         self._vi_keys = False
         # The placeholders, by the texts that they stand for.
         self._placeholders: dict[str, str] = {}
+        # Called, by another thread, with a text that was pasted into an empty line.
+        self.on_first_paste: Callable[[str], None] = lambda text: None
+        self._line_is_empty = True
         # The pasted texts, as they stand in the line that is being read.
         self._pasted: list[str] = []
         # What the prompt held when Ctrl+C dropped it.
@@ -6000,11 +6041,15 @@ class LineEditor:
 
     def _to_editor(self, item: bytes | str) -> bytes:
         """Return what the line editor is to get for keys, or for a text that was pasted."""
+        line_was_empty = self._line_is_empty
+        self._line_is_empty = False
         if isinstance(item, bytes):
             return self._libedit_keys(item) if self._libedit else item
         if item == "\n":
             text = NEWLINE_SIGN if self._libedit else item
         else:
+            if line_was_empty:
+                self.on_first_paste(item)
             text = self._editor_text(item, pasted=True)
             self._pasted.append(text)
         return self._insertion(text)
@@ -6124,6 +6169,7 @@ class LineEditor:
     def _edit_line(self, prompt: str, text: str) -> str:
         """Read a line with the line editor; return it as it stood there."""
         self._pasted.clear()
+        self._line_is_empty = not text
         if self._screen.styled:
             # The marks \x01 and \x02 take the colour out of the editor's count of columns. Libedit
             # loses a colour that nothing follows.
@@ -6901,16 +6947,16 @@ class Chat:
         self.draft = ""
         self.signals.exit_if_signalled()
         self.signals.stop_requested = False
-        with self._read_ahead(), self.signals.cancellable():
-            self.conversation.wait_until_warm(MAX_NOTE_WAIT_S)
-            self.show_notes()
-            return self.editor.read_prompt(draft)
-
-    def _read_ahead(self) -> contextlib.AbstractContextManager[None]:
         # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
-        if self.editor.interactive and self.hosts.size == 1:
-            return self.conversation.read_ahead(list(self.files.values()))
-        return contextlib.nullcontext()
+        if not self.editor.interactive or self.hosts.size > 1 or not self.settings.read_ahead:
+            with self.signals.cancellable():
+                return self.editor.read_prompt(draft)
+        with self.conversation.read_ahead(list(self.files.values())) as read_beginning:
+            self.editor.on_first_paste = read_beginning
+            with self.signals.cancellable():
+                self.conversation.wait_until_warm(MAX_NOTE_WAIT_S)
+                self.show_notes()
+                return self.editor.read_prompt(draft)
 
     def show_notes(self) -> None:
         """Show what came up while nobody waited for the engine."""
@@ -7192,7 +7238,7 @@ def run(
         editor.open(completions, signals.request_stop)
     chat = open_chat(settings, screen, editor, hosts, signals, engine, saved_chats)
     with contextlib.closing(chat):
-        if not is_chat_on_terminal:
+        if not (is_chat_on_terminal and settings.read_ahead):
             chat.conversation.warm_up()
             chat.show_notes()
         if prompt is not None:
