@@ -4722,7 +4722,15 @@ OURS, THEIRS = [sys.executable, "-m", "llmchat"], [sys.executable, "-m", "mlx_lm
 THEIR_SAMPLING = ["--temp", str(Settings.temperature), "--top-p", str(Settings.top_p)]
 
 # A child that runs a whole chat and says last, on standard error, how much memory MLX held at most.
-PEAK = "import mlx.core as mx, sys; from {} import main; main({}); print(mx.get_peak_memory(), file=sys.stderr)"
+# Ours would end the process at once.
+PEAK = """
+import os, sys
+import mlx.core as mx
+from {} import main
+os._exit = lambda status: None
+main({})
+print(mx.get_peak_memory(), file=sys.stderr)
+"""
 
 
 def show(name: str, unit: str, wanted: float, ours, peer) -> None:
@@ -4865,6 +4873,60 @@ def bench_launched(model: str, environment: dict[str, str]) -> None:
     show("decode on two hosts, peer mlx_lm.chat", "tokens/s", 0.98, ours, theirs)
 
 
+def first_word_s(environment: dict[str, str], pause_s: float, prompts, *arguments: str) -> float:
+    """The time from Enter to the first token of the last prompt, of somebody who types so slowly."""
+    flags = ["--stats", "--no-keep", "--max-tokens", "300"]
+    screen = Terminal(environment, [*OURS, *arguments, *flags])
+    try:
+        screen.expect("prompt -> ")
+        for prompt in prompts:
+            time.sleep(pause_s)  # what is measured
+            screen.send(f"{prompt}\r", " · first * s ·*\nprompt -> ")
+        return float(re.findall(r"first ([\d.]+) s", plain(screen.output))[-1])
+    finally:
+        screen.close()
+
+
+def echo_s(environment: dict[str, str], *arguments: str) -> list[float]:
+    """The times in which keys are echoed while a prompt is read ahead."""
+    screen = Terminal(environment, [*OURS, *arguments, "--no-keep"])
+    times_s = []
+    try:
+        screen.expect("prompt -> ")
+        for key in "abcdefghij" * 10:
+            typed_s = time.perf_counter()
+            os.write(screen.fd, key.encode())
+            screen.expect(key)
+            times_s.append(time.perf_counter() - typed_s)
+            time.sleep(0.02)  # between two keys
+    finally:
+        screen.close()
+    return times_s
+
+
+def bench_read_ahead(dense: str, thinker: str, environment: dict[str, str]) -> None:
+    """Enter to the first word for somebody who pauses for five seconds, beside somebody who doesn't."""
+    home = Path(environment["HOME"])
+    words = "word " * 700
+    (home / "long.txt").write_text(words)
+    long_chat = home / "long.jsonl"
+    long_chat.write_bytes(as_lines(Turn(words, "Good.").messages()))
+    cases = {
+        "second turn of a model that thinks": (["Count.", "Thanks!"], thinker),
+        "a file of 700 words": (["Count."], dense, "--file", "long.txt"),
+        "a resumed chat of 700 words": (["Count."], dense, "--session", "long.jsonl"),
+        "a system prompt of 250 words": (["Count."], dense, "--system", "word " * 250),
+    }
+    for name, (prompts, *arguments) in cases.items():
+        ours, peer = (
+            functools.partial(first_word_s, environment, pause_s, prompts, *arguments)
+            for pause_s in (5.0, 0.0)
+        )
+        show(f"after a pause: {name}, peer none", "s", 0.3, ours, peer)
+    times_s = echo_s(environment, dense, "--file", "long.txt")
+    print(f"echo of a key meanwhile: median {median(times_s):.4f} s, worst {max(times_s):.4f} s")
+
+
 def bench(cache: str) -> None:
     """Print llmchat's figures beside those of mlx-lm, all from this run. Only the cache folder is written to."""
     # A folder for each engine: an older one can not read the tokenizers that a newer one writes.
@@ -4882,5 +4944,9 @@ def bench(cache: str) -> None:
     bench_decode(model)
     bench_state(model, folder / "state.safetensors")
     bench_memory(dense, {**environment, "PYTHONPATH": str(HERE)})
+    thinker = build_model(
+        folder / "thinking", FAMILIES["thinking"], [turns(("Count.", NUMBERS), ("Thanks!", "Yes."))]
+    )
+    bench_read_ahead(dense, thinker, environment)
     if CAN_SHARE:
         bench_launched(dense, environment)
