@@ -4790,7 +4790,6 @@ def run(
     model = load(settings, screen, hosts, signals)
     conversation = Conversation(model, settings, messages)
     conversation.state = session.state_path if session and settings.keep_state else None
-    # TODO(merge): without --keep a chat is to be saved only if it is held at a terminal.
     keeps = (settings.keep is not False or settings.resume) and prompt is None and hosts.rank == 0
     chat = Chat(
         conversation,

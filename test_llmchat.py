@@ -3120,6 +3120,15 @@ def test_kernels_lie_where_nobody_else_can_put_one(mode, demo, chat, tmp_path) -
         assert (folder.stat().st_mode & 0o777, folder.stat().st_uid) == (0o700, os.getuid())
 
 
+def test_libraries_are_imported_without_telemetry_unless_the_user_wants_it(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    llmchat.import_library("json")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    llmchat.import_library("json")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
 STRANGE_VALUES = [
     *(None, True, False, 0, -1, 1, 3, 0.5, 1e300, 10**9, 10**12, 10**30, float("nan")),
     *("", "x", "../x", "\0", "\ud800", "x" * 5000, "{{", [], [None], [[]], {}, {"x": None}),
