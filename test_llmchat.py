@@ -3008,6 +3008,8 @@ def test_an_answer_that_names_no_checksum_and_no_commit_is_not_used(
 def test_a_hub_has_only_plain_names_fetched(hub, chat, home) -> None:
     hub.repositories["own/model"].update({"../../evil.json": b"{}", "sub/evil.json": b"{}"})
     assert chat("own/model", "-p", "Say hello.").out == SAID_HELLO + "\n"
+    # Nothing else is asked for, such as what the client would tell of this machine.
+    assert [request for request in hub.requests if "/own/model" not in request] == []
     assert "evil.json" not in hub.fetched("GET */resolve/*")
     assert [*home.rglob("evil.json")] == []
 
