@@ -7198,8 +7198,8 @@ def open_session(
         named = ""
         if settings.sources.get("model") == "flag":
             named = str(settings.model)
-        if named.isdecimal():
-            session, settings.model = saved_chats.open_numbered(int(named))
+        if settings.resume_number is not None:
+            session, settings.model = saved_chats.open_numbered(settings.resume_number)
         else:
             model = resolve_model_name(named) if named else None
             session, settings.model = saved_chats.open_latest(model, screen.notice)

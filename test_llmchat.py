@@ -4124,6 +4124,8 @@ def test_an_answer_that_names_no_checksum_and_no_commit_is_not_used(
 def test_a_hub_has_only_plain_names_fetched(hub, chat, home) -> None:
     hub.repositories["own/model"].update({"../../evil.json": b"{}", "sub/evil.json": b"{}"})
     assert chat("own/model", "-p", "Say hello.").out == SAID_HELLO + "\n"
+    # Nothing else is asked for, such as what the client would tell of this machine.
+    assert [request for request in hub.requests if "/own/model" not in request] == []
     assert "evil.json" not in hub.fetched("GET */resolve/*")
     assert [*home.rglob("evil.json")] == []
 
@@ -4234,6 +4236,15 @@ def test_kernels_lie_where_nobody_else_can_put_one(mode, demo, chat, tmp_path) -
     assert not (shared / "mlx").exists()
     for folder in shared.iterdir():
         assert (folder.stat().st_mode & 0o777, folder.stat().st_uid) == (0o700, os.getuid())
+
+
+def test_libraries_are_imported_without_telemetry_unless_the_user_wants_it(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    llmchat.import_library("json")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    llmchat.import_library("json")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
 STRANGE_VALUES = [
