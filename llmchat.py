@@ -3278,6 +3278,10 @@ MADE_UP_PROMPTS = ("a", "?")
 MADE_UP_REPLY = {"role": "assistant", "content": "a"}
 
 
+class PromptTooLongError(ChatError):
+    """A prompt, with the files before it, leaves no room for a reply."""
+
+
 @dataclasses.dataclass
 class Statistics:
     """Token counts and times of one reply. Times count from the creation of this object on."""
@@ -3453,12 +3457,19 @@ class Inference:
         """Return a sentence on what the template can't do of the way to think, or nothing."""
         return thinking_note(self._model.template, self.thought_format, self._settings.think)
 
-    def describe_size(self, text: str) -> str:
-        """Return the size of a text in tokens, in words that say if it can't fit."""
-        size = len(self._model.template.encode(text))
+    def count_tokens(self, text: str) -> int:
+        """Return the size of a text. Raises `ChatError`."""
+        return len(self._model.template.encode(text))
+
+    def check_size(self, text: str) -> None:
+        """Raise `ChatError` if a file, which begins with its name, can't fit alone."""
+        size = self.count_tokens(text)
         if self.limit.tokens and size > self.limit.tokens:
-            return f"{size} tokens, and doesn't fit {self.limit.description}"
-        return f"{size} tokens"
+            name = text.partition(":\n")[0]
+            raise ChatError(
+                f"{name} has {size:,} tokens, and doesn't fit {self.limit.description}: nothing is"
+                " added."
+            )
 
     def seed(self, seed: int | None) -> None:
         """Make what is sampled from here on repeatable; None leaves it to chance.
@@ -3519,7 +3530,7 @@ class Inference:
             advice += " or lower max-tokens"
         if limit.tokens != self._model.context_length:
             advice += ", or start with --force"
-        raise ChatError(
+        raise PromptTooLongError(
             f"The prompt is too long for {limit.description}: {size} tokens, with {reserved} kept"
             f" for the reply. {advice}."
         )
@@ -3783,9 +3794,13 @@ class Conversation:
         """Return the most tokens that a prompt and its reply may have."""
         return self._inference.call(lambda inference: inference.limit)
 
-    def describe_size(self, text: str) -> str:
-        """Return the size of a text in tokens, in words that say if it can't fit."""
-        return self._inference.call(lambda inference: inference.describe_size(text))
+    def count_tokens(self, text: str) -> int:
+        """Return the size of a text. Raises `ChatError`."""
+        return self._inference.call(lambda inference: inference.count_tokens(text))
+
+    def check_size(self, file: str) -> None:
+        """Raise `ChatError` if a file, which begins with its name, can't fit alone."""
+        self._inference.call(lambda inference: inference.check_size(file))
 
     def thinking_note(self) -> str:
         """Return a sentence on what the template can't do of the way to think, or nothing."""
@@ -6353,6 +6368,17 @@ COMMANDS: dict[str, Command] = {}
 # A command: its name, and its text.
 COMMAND_LINE = re.compile(r"(/[a-z]+|/\?)(?:\s+(.*))?", re.DOTALL | re.IGNORECASE)
 
+# What commands that people know from other chats are here.
+COMMANDS_ELSEWHERE = {
+    "/load": "/model NAME",
+    "/show": "/set",
+    "/reset": "/clear",
+    "/new": "/clear",
+    "/regenerate": "/retry",
+}
+
+LEAVE_WORDS = ("quit", "bye", "exit")
+
 SLASH_HINT = "To send a line that starts with /, type //."
 
 
@@ -6376,6 +6402,10 @@ def find_command(line: str) -> tuple[Command, str]:
     text = (match[2] or "").strip() if match else ""
     if name == "/?":
         name = "/help"
+    if name.removeprefix("/") in LEAVE_WORDS:
+        raise ChatError(f"{name} leaves if it stands alone: nothing was done. {SLASH_HINT}")
+    if name in COMMANDS_ELSEWHERE:
+        raise ChatError(f"{name} is {COMMANDS_ELSEWHERE[name]} here; /help lists the commands.")
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or "; /help lists them."
         raise ChatError(f"There is no command {name}{hint} {SLASH_HINT}")
@@ -6560,6 +6590,8 @@ def change_setting(chat: Chat, text: str) -> None:
     """List the settings, show one, or change it; the value default puts it back."""
     settings = chat.settings
     key, _, value = re.sub(r"[\s=]+", " ", text, count=1).partition(" ")
+    if key == "parameter" and value:
+        raise ChatError(f"That is /set {value} here.")
     found = find_key(key)
     if not value and (found or not key):
         names = [found.name] if found else list(OPTIONS)
@@ -6612,9 +6644,8 @@ def add_files(chat: Chat, text: str) -> None:
     with chat.signals.cancellable():
         if text not in ("", "-"):
             chat.add_files(text)
-        for file in chat.files.values():
-            name = file.partition("\n")[0]
-            chat.screen.notice(f"{name} {chat.conversation.describe_size(file)}")
+        for name, tokens in chat.file_sizes().items():
+            chat.screen.notice(f"{name}: {tokens:,} tokens")
     if not chat.files:
         chat.screen.notice("No files wait for the next prompt.")
 
@@ -6623,6 +6654,7 @@ def add_files(chat: Chat, text: str) -> None:
 def edit(chat: Chat, text: str) -> None:
     """Edit TEXT, or the last prompt, in $VISUAL or $EDITOR."""
     program = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    chat.screen.notice(f"Editing with {program}; EDITOR names another program.")
     if not text and chat.conversation.messages:
         text = chat.conversation.messages[-2]["content"]
     what = f"{program} can't be used to edit"
@@ -6693,7 +6725,6 @@ def show_or_change_model(chat: Chat, text: str) -> None:
 # --------------------------------------------------------------------------------------- Program
 
 
-LEAVE_WORDS = ("quit", "bye", "exit")
 # The last lines of a prompt that are shown of a conversation that is continued.
 MAX_SHOWN_LINES = 10
 KEYS_HELP = (
@@ -6945,6 +6976,7 @@ class Chat:
     def _read_prompt(self) -> Prompt:
         draft = self.draft
         self.draft = ""
+        self._show_waiting_files()
         self.signals.exit_if_signalled()
         self.signals.stop_requested = False
         # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
@@ -7060,7 +7092,22 @@ class Chat:
             one_name = os.path.exists(os.path.expanduser(text))
             names = [text] if one_name else shlex.split(text)
         with self.screen.status(lambda: "reading files"):
-            self.files = {**self.files, **read_texts(names)}
+            texts = read_texts(names)
+            for file in texts.values():
+                self.conversation.check_size(file)
+        self.files.update(texts)
+
+    def file_sizes(self) -> dict[str, int]:
+        """Return the files that wait for the next prompt by name, with their sizes in tokens."""
+        return {
+            file.partition(":\n")[0]: self.conversation.count_tokens(file)
+            for file in self.files.values()
+        }
+
+    def _show_waiting_files(self) -> None:
+        if self.files and self.screen.interactive:
+            names = ", ".join(file.partition(":\n")[0] for file in self.files.values())
+            self.screen.notice(f"Before the next prompt: {names}; /file - drops that.")
 
     def send(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
@@ -7071,6 +7118,11 @@ class Chat:
             self.autosave.save([*before, {"role": "user", "content": content}])
         try:
             self.show_reply(self.conversation.reply(content))
+        except PromptTooLongError as error:
+            if not self.files:
+                raise
+            names = ", ".join(file.partition(":\n")[0] for file in self.files.values())
+            raise ChatError(f"{error} {names} stood before it: /file - drops that.") from error
         finally:
             if self.conversation.messages is before:
                 # It was refused or stopped, or the engine failed: it stands in the next line.

@@ -1797,7 +1797,9 @@ def test_the_oldest_turns_are_left_out_when_the_context_or_the_memory_is_full(fu
     with pytest.raises(ChatError, match="too long for") as error:
         list(talk.reply(long))
     assert words in str(error.value) and str(error.value).endswith(", or start with --force.") == (full == "memory")
-    assert talk.describe_size(long).endswith(f", and doesn't fit {words}")
+    with pytest.raises(ChatError) as error:
+        talk.check_size(f"long.txt:\n\n{long}")
+    assert str(error.value) == Like(f"long.txt has * tokens, and doesn't fit {words}: nothing is added.")
     assert len(talk.messages) == 20
     talk.limit_context(150)
     assert talk.limit() == (150, "the model's 150 tokens")
@@ -3324,8 +3326,10 @@ def test_what_is_typed_ahead_stays_unseen_separate_and_whole(pasting, demo, term
         screen.send(CTRL_U)
         assert sent(screen, home, pasting("x" * length) + "\r") == "x" * length
     # It waits in the history where something else was typed ahead.
-    (home / "long").write_text("word " * 5000)
-    screen.send(CTRL_U + "/file long\r", "doesn't fit*\nprompt -> ")
+    for name, words in (("long", 5000), ("one", 700), ("two", 700)):
+        (home / name).write_text("word " * words)
+    screen.send(CTRL_U + "/file long\r", "long has * tokens, and doesn't fit*\nprompt -> ")
+    screen.send("/file one two\r", "Before the next prompt: one, two*\nprompt -> ")
     screen.send(MARKED("Sum up.") + "\r/file -\r", "too long*Press Up*prompt -> /file -\nNo files*prompt -> ")
 
 
@@ -4720,6 +4724,117 @@ def test_a_real_model_stays_packed_where_metal_is(smollm2, common) -> None:
     for name, layer in layers.items():
         unpacked_weight = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
         assert mx.allclose(unpacked_weight, numbers[f"{name}.weight"], atol=1e-2)
+
+
+# --------------------------------------------------------------------------------- Another model
+
+
+def test_a_conversation_goes_to_another_model_and_back_word_for_word(thinker, demo, chat, home) -> None:
+    other = thinker("channels")
+    flags = ["--session", "talk", "--stats"]
+    prompts = [SAMPLE[0].prompt, f"/model {other}", SAMPLE[1].prompt, f"/model '{demo}'"]
+    done = chat(demo, *flags, stdin="\n".join([*prompts, SAMPLE[2].prompt, "/retry", ""]))
+    for turn in SAMPLE[:3]:
+        assert transcript(turn) in done.out, done
+    assert done.out.count(SAMPLE[2].answer) == 2
+    assert re.findall("The model is (.*) now.", done.err) == [other, demo]
+    # The thought of the one is kept; the other's template has no place for it.
+    assert [message.get("reasoning_content") for message in reread(home / "talk")] == [
+        *([None] * 3),
+        SAMPLE[1].thought,
+        *([None] * 2),
+    ]
+
+
+NO_OTHER_MODELS = {
+    "unknown": ("nowhere/at-all", (), "is not in the cache"),
+    "no model": ("empty", (lose(WEIGHTS),), "holds no model"),
+    "no template": ("silent", (lose("chat_template.jinja"),), "has no chat template"),
+    "damaged": ("cut", (cut_off(WEIGHTS, 5000),), "{} is loaded again."),
+    "own code": ("code", (configured(model_file="own.py"), with_code), "wants to run its own code"),
+}
+
+
+def test_a_model_that_can_not_be_used_leaves_the_one_in_use(demo, chat, home) -> None:
+    prompts = [SAMPLE[0].prompt]
+    for turn, (name, changes, _) in zip(SAMPLE[1:] * 2, NO_OTHER_MODELS.values()):
+        if changes:
+            name = changed(home / name, demo, *changes)
+        prompts += [f"/model {name}", "/undo", turn.prompt]
+    # The model of the command line may run its code, another one may not.
+    done = chat(demo, "--trust-remote-code", stdin="\n".join([*prompts[:-2], ""]))
+    assert done.code == 1
+    for _, _, complaint in NO_OTHER_MODELS.values():
+        assert complaint.format(demo) in done.err
+    assert "is now" not in done.err and not (home / "code" / "ran").exists()
+    first = transcript(SAMPLE[0])
+    assert first in done.out and "Traceback" not in done.err
+
+
+def test_adapter_and_revision_belong_to_their_model(demo, chat, home) -> None:
+    put_in_hub_cache(home, "own/model", demo)
+    prompts = f"/model {demo}\nSay hello.\n/model own/model\nSay hello.\nquit\n"
+    done = chat("own/model", "--revision", "main", stdin=prompts)
+    assert done.out.count(SAID_HELLO) == 2
+    assert "--adapter and --revision are those of own/model alone." in done.err
+
+
+def test_the_models_that_are_here_are_listed_and_completed(demo, chat, home, monkeypatch) -> None:
+    put_in_hub_cache(home, "own/model", demo)
+    done = chat(demo, stdin="/model\n/model model\nSay hello.\n")
+    assert re.search(rf"{re.escape(demo)} +in use\nown/model +in the cache +\d+ MB\n", done.out)
+    assert "The model is own/model now." in done.err and SAID_HELLO in done.out
+
+
+def test_a_saved_chat_belongs_to_its_last_model(demo, thinker, chat, home) -> None:
+    other = thinker("channels")
+    chat(demo, "--keep", stdin=f"{SAMPLE[0].prompt}\n/model {other}\n{SAMPLE[1].prompt}\n")
+    (row,) = chat("--chats").out.splitlines()
+    assert other in row and "2 turns" in row
+    assert transcript(SAMPLE[2]) in chat("-c", other, stdin=f"{SAMPLE[2].prompt}\n").out
+    assert chat("-c", demo).complaint.startswith(f"There is no conversation with {demo}")
+
+
+MODEL_MEMORY = """
+import os, sys
+import mlx.core as mx
+import llmchat, test_llmchat
+one, other = sys.argv[1:]
+talk = test_llmchat.Talk(test_llmchat.loaded(one))
+weights = test_llmchat.ENGINE.call(mx.get_active_memory)
+test_llmchat.hear(talk.reply("Hello"))
+talk.network = talk.model = None
+talk.release_model()
+left = test_llmchat.ENGINE.call(mx.get_active_memory)
+print(left < weights / 10, left, weights, flush=True)
+os._exit(0)
+"""
+
+
+def test_the_memory_of_a_model_is_free_before_the_next_one_is_loaded(common, chat) -> None:
+    load(common, "dense")
+    folder = str(common / "dense")
+    done = chat("-c", MODEL_MEMORY, folder, folder, program=[sys.executable])
+    assert done.out.startswith("True"), done
+
+
+@pytest.mark.parametrize("times", [4, pytest.param(40, marks=pytest.mark.stress)])
+def test_ctrl_c_while_another_model_loads_leaves_one_that_answers(
+    times, demo, thinker, terminal
+) -> None:
+    chance = random.Random(times)
+    models = [demo, thinker("channels")]
+    screen = terminal(demo)
+    for count in range(times):
+        screen.send(f"/model {models[(count + 1) % 2]}\r")
+        time.sleep(chance.random())  # the random moment
+        screen.send(CTRL_C)
+        # What is typed right behind Ctrl+C may go with the line.
+        time.sleep(0.2)
+        screen.send(f"{CTRL_U}/nothing{count}\r", f"There is no command /nothing{count}*prompt -> ")
+    assert SAMPLE[0].answer in screen.ask(SAMPLE[0].prompt)
+    assert SAMPLE[1].answer in screen.ask(SAMPLE[1].prompt)
+    assert "Traceback" not in screen.output and screen.leave(CTRL_D) == 0
 
 
 # ------------------------------------------------------------------------------------- Benchmarks
