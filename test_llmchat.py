@@ -4484,6 +4484,29 @@ def test_an_engine_that_fails_on_one_host_ends_all(demo, chat, home) -> None:
     assert len(reread(home / "0/talk")) == 3
 
 
+# ------------------------------------------------------------------------------------- The README
+
+README_COMMANDS = re.findall(r"^    (llmchat .*?)  ", (HERE / "README.md").read_text(), re.MULTILINE)
+
+
+def test_the_commands_of_the_readme_run(demo, terminal, home) -> None:
+    assert len(README_COMMANDS) == 5
+    (home / ".llmchat_config").write_text("max-tokens = 2\n")
+    (home / "report.txt").write_text("All is well.\n")
+    (home / "src").mkdir()
+    (home / "src/app.py").write_text(PRINT)
+    llmchat_function = f'llmchat() {{ {shlex.join(PROGRAM)} "$@"; }}'
+    for command in README_COMMANDS:
+        script = f"{llmchat_function}; {command.replace('MODEL', demo)}"
+        screen = terminal(program=["/bin/sh", "-c", script], prompt="")
+        if " -p " not in command:
+            screen.expect("prompt -> ")
+            # A chat that nothing was said in can't be continued.
+            screen.ask("Say hello.")
+            screen.send("quit\r", "Goodbye!\n")
+        assert screen.leave() == 0, screen.output
+
+
 # ------------------------------------------------------------------------------------ A real model
 
 # The Python package that brings a small chat model along, in llama.cpp's file format.
