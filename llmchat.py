@@ -6734,6 +6734,7 @@ KEYS_HELP = (
     ("Alt+Enter, Shift+Enter", "a new line, as Esc and then Enter"),
     ('"""', "begin and end a prompt of several lines"),
     ("//", "begin a prompt with a slash"),
+    ("llmchat -c", "continue this chat later; llmchat --chats lists all, -c 3 continues the third"),
 )
 # The first prompt waits this long for what the user should know about the model.
 MAX_NOTE_WAIT_S = 0.1
