@@ -35,7 +35,7 @@ or `exit`. How one turn goes, from key to screen:
 The rooms, in reading order; nothing is used before it is defined:
 
     Errors         one exception, a finished sentence for the user
-    Files          reading plain files whole, with a bound
+    Texts          cleaning what leaves for a person; reading plain files whole, with a bound
     Settings       all parameters, each declared once: flag, config key, `/set` key, range, help
     Hub            from a name to a folder: cache, download, progress, what the hub's errors mean
     Engine         the one thread that works with MLX
@@ -218,7 +218,26 @@ def foreign(
         raise kind(said, status) from error
 
 
-# ----------------------------------------------------------------------------------------- Files
+# ----------------------------------------------------------------------------------------- Texts
+
+# What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the
+# bidirectional embeddings, overrides and isolates (https://www.unicode.org/reports/tr9/). Without
+# them no escape sequence is one, so each piece can be cleaned by itself, wherever it was split.
+CONTROL_CHARACTERS = dict.fromkeys(
+    [
+        *range(0x09),
+        *range(0x0B, 0x20),
+        *range(0x7F, 0xA0),
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    ]
+)
+
+
+def strip_control_characters(text: str) -> str:
+    """Return the text without anything that could drive a terminal."""
+    return text.translate(CONTROL_CHARACTERS)
+
 
 # More than any file has that is read whole: an index of weights takes some megabytes.
 MAX_FILE_BYTES = 64 << 20
@@ -4743,19 +4762,6 @@ class PromptHistory:
 # ---------------------------------------------------------------------------------------- Screen
 
 
-# What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the
-# bidirectional embeddings, overrides and isolates (https://www.unicode.org/reports/tr9/). Without
-# them no escape sequence is one, so each piece can be cleaned by itself, wherever it was split.
-CONTROL_CHARACTERS = dict.fromkeys(
-    [
-        *range(0x09),
-        *range(0x0B, 0x20),
-        *range(0x7F, 0xA0),
-        *range(0x202A, 0x202F),
-        *range(0x2066, 0x206A),
-    ]
-)
-
 # Codes that set the style of what follows on a terminal.
 GREEN = "\x1b[32m"
 RED = "\x1b[31m"
@@ -4766,11 +4772,6 @@ PLAIN = "\x1b[0m"
 ERASE_BELOW = "\x1b[J"
 
 TAB_COLUMNS = 8
-
-
-def strip_control_characters(text: str) -> str:
-    """Return the text without anything that could drive a terminal."""
-    return text.translate(CONTROL_CHARACTERS)
 
 
 def character_width(char: str) -> int:
