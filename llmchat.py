@@ -3399,6 +3399,13 @@ class PreparedPrompt(NamedTuple):
     limit: Limit
 
 
+def with_system_prompt(system: str | None, messages: Sequence[Message]) -> list[Message]:
+    """Return the messages after the system prompt, if there is one."""
+    if not system:
+        return list(messages)
+    return [{"role": "system", "content": system}, *messages]
+
+
 class Inference:
     """The half of a conversation that computes. All of it runs on the engine's thread.
 
@@ -3501,17 +3508,12 @@ class Inference:
 
     # The prompt
 
-    def _messages_to_send(self, messages: Sequence[Message]) -> list[Message]:
-        if not self._settings.system:
-            return list(messages)
-        return [{"role": "system", "content": self._settings.system}, *messages]
-
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         template = self._model.template
         # First of all, because the template escapes the marks that this finds.
         thought_format = self.thought_format
         sent = []
-        for message in self._messages_to_send(messages):
+        for message in with_system_prompt(self._settings.system, messages):
             safe = dict(message)
             for key in ("content", "reasoning_content"):
                 if message.get(key):
@@ -5865,7 +5867,6 @@ def asks_for_vi_keys(libedit: bool) -> bool:
 NEWLINE_SIGN = "␤"
 
 # Words that leave the chat, if they are a typed line.
-LEAVE_WORDS = ("quit", "bye", "exit")
 
 
 class Prompt(NamedTuple):
@@ -5874,6 +5875,10 @@ class Prompt(NamedTuple):
     text: str
     # A single line whose beginning was typed: only such a line may be a command or a leave word.
     is_typed_line: bool
+
+
+# The words that leave, in any case of letters, and with a slash too.
+LEAVE_WORDS = ("quit", "bye", "exit")
 
 
 def typed_form(text: str) -> str:
@@ -6530,6 +6535,18 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "".join(lines)
 
 
+# What the keys do, for /help.
+KEYS_HELP = (
+    (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
+    ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line, Up brings it back"),
+    ("Up, Ctrl+R, Tab", "earlier prompts; find one; complete commands and file names"),
+    ("Alt+Enter, Shift+Enter", "a new line, as Esc and then Enter"),
+    ('"""', "begin and end a prompt of several lines"),
+    ("//", "begin a prompt with a slash"),
+    ("llmchat -c", "continue this chat later; llmchat --chats lists all, -c 3 continues the third"),
+)
+
+
 @command("/help")
 def show_help(chat: Chat, text: str) -> None:
     """List the commands and keys."""
@@ -6701,7 +6718,7 @@ def save(chat: Chat, text: str) -> None:
     path = Path(os.path.expanduser(strip_quotes(text)))
     if path.exists():
         raise ChatError(f"{path} is there already, and was not replaced: name another file.")
-    messages = with_system_prompt(chat.settings, chat.conversation.messages)
+    messages = with_system_prompt(chat.settings.system, chat.conversation.messages)
     data = as_markdown(messages) if path.suffix == ".md" else as_lines(messages)
     with explain_errors(
         f"{shorten(text)} could not be written", "Name another file.", OSError, ValueError
@@ -6728,24 +6745,8 @@ def show_or_change_model(chat: Chat, text: str) -> None:
 
 # The last lines of a prompt that are shown of a conversation that is continued.
 MAX_SHOWN_LINES = 10
-KEYS_HELP = (
-    (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
-    ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line, Up brings it back"),
-    ("Up, Ctrl+R, Tab", "earlier prompts; find one; complete commands and file names"),
-    ("Alt+Enter, Shift+Enter", "a new line, as Esc and then Enter"),
-    ('"""', "begin and end a prompt of several lines"),
-    ("//", "begin a prompt with a slash"),
-    ("llmchat -c", "continue this chat later; llmchat --chats lists all, -c 3 continues the third"),
-)
 # The first prompt waits this long for what the user should know about the model.
 MAX_NOTE_WAIT_S = 0.1
-
-
-def with_system_prompt(settings: Settings, messages: Sequence[Message]) -> list[Message]:
-    """Return the messages after the system prompt, if there is one."""
-    if not settings.system:
-        return list(messages)
-    return [{"role": "system", "content": settings.system}, *messages]
 
 
 class ModelLoader:
@@ -6875,7 +6876,7 @@ class Autosave:
             return
         # A system prompt by itself is no conversation to go on with.
         if turns or self._settings.session:
-            self.session.save(with_system_prompt(self._settings, turns))
+            self.session.save(with_system_prompt(self._settings.system, turns))
         else:
             self.session.save([])
 
