@@ -80,7 +80,6 @@ import argparse
 import base64
 import codecs
 import collections
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -117,6 +116,8 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_jobs
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Dict, Generic, NamedTuple, NoReturn, TextIO, TypeVar
@@ -1448,14 +1449,31 @@ class Engine:
     """
 
     def __init__(self) -> None:
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine", block_signals)
-        self._last_job: concurrent.futures.Future[Any] | None = None
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._last_job: Future[Any] | None = None
 
-    def submit(self, work: Callable[..., R], *arguments: Any) -> concurrent.futures.Future[R]:
+    def submit(self, work: Callable[..., R], *arguments: Any) -> Future[R]:
         """Hand a job over without waiting for it."""
-        job = self._executor.submit(work, *arguments)
+        if self._last_job is None:
+            # It never ends: when a thread ends that has worked with MLX, MLX may abort the process
+            # (which a ThreadPoolExecutor's does, as Python waits for it at exit).
+            threading.Thread(target=self._run, name="engine", daemon=True).start()
+        job: Future[R] = Future()
         self._last_job = job
+        self._work.put((job, functools.partial(work, *arguments)))
         return job
+
+    def _run(self) -> None:
+        block_signals()
+        while True:
+            job, work = self._work.get()
+            try:
+                job.set_result(work())
+            # Whoever waits for the job gets the exception, whatever it is.
+            except BaseException as error:
+                job.set_exception(error)
+            # What the job has made must not live until the next one.
+            del job, work
 
     def call(self, work: Callable[..., R], *arguments: Any) -> R:
         """Return what `work` returns, or raise what it raises.
@@ -1483,7 +1501,7 @@ class Engine:
         """Wait until all jobs are done, but not longer than this; return whether they are."""
         if self._last_job is None:
             return True
-        return not concurrent.futures.wait([self._last_job], timeout_s).not_done
+        return not wait_for_jobs([self._last_job], timeout_s).not_done
 
     @property
     def was_used(self) -> bool:
@@ -1519,7 +1537,7 @@ class EngineIterator(Generic[R]):
         self._engine = engine
         self._items = items
         # The item that the engine is computing.
-        self._job: concurrent.futures.Future[R | Waiting] | None = None
+        self._job: Future[R | Waiting] | None = None
 
     def __iter__(self) -> EngineIterator[R]:
         return self
@@ -1527,7 +1545,7 @@ class EngineIterator(Generic[R]):
     def __next__(self) -> R | Waiting:
         job = self._job or self._engine.submit(next, self._items, WAITING)
         self._job = job
-        if concurrent.futures.wait([job], WAIT_STEP_S).not_done:
+        if wait_for_jobs([job], WAIT_STEP_S).not_done:
             return WAITING
         self._job = None
         item = job.result()
@@ -1556,7 +1574,7 @@ class Background:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._left = threading.Event()
-        self._jobs: list[concurrent.futures.Future[None]] = []
+        self._jobs: list[Future[None]] = []
 
     def run(self, steps: Generator[Any, None, None]) -> None:
         """Run a generator after those before. Any thread may call this.

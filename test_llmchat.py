@@ -18,6 +18,7 @@ import functools
 import hashlib
 import http.server
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -896,7 +897,7 @@ def test_a_config_file_that_is_no_plain_file_is_not_waited_for(file, home, chat)
     done = chat("model")
     assert (done.code, done.complaint) == (
         2,
-        Like(f"{config} could not be read: it is no plain file. *"),
+        Like(f"{config} could not be read: {'Is a directory' if file == 'folder' else 'it is no plain file'}. *"),
     )
 
 
@@ -1864,6 +1865,57 @@ def test_what_each_token_takes_of_the_memory_is_known_before_the_first(talk) -> 
     # From the second step on nothing but full attention grows.
     (held, size), (last, most) = sizes[1], sizes[-1]
     assert (most - size) / (last - held) == pytest.approx((1 << 30) / more, rel=1e-4)
+
+
+OWN_CACHE = {
+    **{"model_type": "deepseek_v41", "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 4},
+    **{"num_attention_heads": 4, "head_dim": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16},
+    **{"o_groups": 2, "o_lora_rank": 16, "moe_intermediate_size": 32, "n_routed_experts": 4},
+    **{"num_experts_per_tok": 2, "sliding_window": 32, "compress_ratios": (1, 4, 4, 1)},
+    **{"kv_source_layer_ids": (0, 1, 1, 3), "index_source_layer_ids": (0, 1, 1, 3)},
+    **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "hc_mult": 2},
+}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mlx_lm.models.deepseek_v41") is None,
+    reason="this mlx-lm has no model with a cache of its own",
+)
+def test_a_cache_of_a_model_s_own_class_has_a_bound_and_no_state_that_can_not_be_read(
+    tmp_path,
+) -> None:
+    module = importlib.import_module("mlx_lm.models.deepseek_v41")
+
+    def check() -> tuple[int, list[int]]:
+        network = module.Model(module.ModelArgs.from_dict(OWN_CACHE))
+        cache = llmchat.PromptCache(network)
+        sizes = []
+        for _ in cache.prefill([*range(300)] * 4, 0):
+            arrays = (llmchat.state_arrays(leaf) for leaf in cache.layers)
+            sizes.append(sum(array.nbytes for array in itertools.chain(*arrays)))
+        with pytest.raises(OSError, match="can't load the state"):
+            llmchat.StateFile(tmp_path / "state.safetensors", "").save(cache)
+        return llmchat.memory_per_token(network).bytes_per_token, sizes
+
+    bytes_per_token, sizes = ENGINE.call(check)
+    # Two snapshots take as much again.
+    assert bytes_per_token == 3 * (sizes[1] - sizes[0]) // llmchat.PREFILL_STEP_TOKENS
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [(), ("--temperature", "0")], ids=["sampled", "greedy"])
+def test_a_network_that_computes_no_numbers_ends_the_reply_with_a_sentence(
+    flags, demo, chat, tmp_path
+) -> None:
+    def break_weights(folder: Path) -> None:
+        weights = mx.load(str(folder / WEIGHTS))
+        weights["lm_head.weight"] = weights["lm_head.weight"] * float("nan")
+        mx.save_safetensors(str(folder / WEIGHTS), weights)
+
+    broken = changed(tmp_path / "broken", demo, break_weights)
+    done = chat(broken, *flags, "-p", "Hello")
+    assert done.complaint.startswith("The model computes no numbers any more (NaN)")
+    assert done.out == ""
 
 
 def test_the_welcome_names_the_bound_of_the_memory_and_force_lifts_it(demo, terminal, tmp_path, home) -> None:
