@@ -5127,17 +5127,6 @@ class Screen:
             yield
         self._status = None
 
-    @contextlib.contextmanager
-    def notice_if_slow(self, text: str, after_s: float = 1.0) -> Iterator[None]:
-        """Show a notice if this block takes longer, on a terminal or not."""
-        timer = threading.Timer(after_s, self.notice, [text])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
     def columns(self) -> int:
         """Return the width of the window."""
         stream = self._stdout if self._stdout.isatty() else self._stderr
