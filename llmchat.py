@@ -120,7 +120,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_jobs
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, Dict, Generic, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import Any, ClassVar, Dict, Generic, List, NamedTuple, NoReturn, TextIO, Tuple, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
@@ -1710,20 +1710,54 @@ def end_with_launcher(launcher: int) -> None:
 
 # More than fits any model, of one prompt.
 MAX_CHARACTERS = 1 << 24
-# Breaks up text that spells a special token; no character that Unicode will ever have
+# Breaks up text that spells a special token. Unicode promises that this is never a character
 # (https://www.unicode.org/faq/private_use.html#nonchar4).
 TOKEN_BREAK = "\ufdd0"
+# What a text is encoded behind, so that the tokenizer takes it for the middle of a text.
+ANCHORS = (TOKEN_BREAK, "\n", ".")
+
+# Made-up words, by which a rendering tells where a template puts what.
+PROBE_EARLIER = "hazelcatkin"
+PROBE_QUESTION = "quincewort"
+PROBE_THOUGHT = "thistledown"
+PROBE_ANSWER = "walnutshell"
+QUESTION = {"role": "user", "content": PROBE_QUESTION}
+
+
+class Rendered(NamedTuple):
+    """A conversation as the model is fed it, up to where its reply starts."""
+
+    text: str
+    tokens: list[int]
+    # What the template writes after the last message. It may hold the beginning of the reply.
+    ending: str
+
+
+def is_subsequence(items: Iterable[object], others: Iterable[object]) -> bool:
+    """Tell if all the items stand among the others, in the same order."""
+    remaining = iter(others)
+    return all(item in remaining for item in items)
+
+
+def with_texts(message: Message, change: Callable[[str], str]) -> Message:
+    """Return a message with its content and its thought changed."""
+    keys = ("content", "reasoning_content")
+    return {**message, **{key: change(message[key]) for key in keys if message.get(key)}}
 
 
 class ChatTemplate:
     """Turns messages into the text and the tokens that a model is fed, by its own chat template."""
 
-    def __init__(self, name: str, tokenizer: Any) -> None:
-        """`name` is the model's name, for messages; `tokenizer` is mlx-lm's wrapper of its tokenizer."""
+    def __init__(self, name: str, tokenizer: Any, end_ids: Sequence[Any] = ()) -> None:
+        """`name` is the model's name, `tokenizer` is mlx-lm's wrapper of its tokenizer.
+
+        `end_ids` are the values of `eos_token_id` in the model's configurations, whatever they are.
+        """
         self.name = name
         self.tokenizer = tokenizer
-        # The marks around its thoughts, once they are known: structure too, also where they are no tokens.
-        self.marks: Sequence[str] = ()
+        self._end_ids = end_ids
+        # Messages whose texts had to be broken up, and what became of them.
+        self._broken_up: dict[tuple[str, ...], Message] = {}
 
     @property
     def _function(self) -> Any:
@@ -1731,33 +1765,76 @@ class ChatTemplate:
         return getattr(self.tokenizer, "_chat_template", None)
 
     @property
+    def is_function(self) -> bool:
+        """The template is a function of mlx-lm."""
+        return self._function is not None
+
+    @functools.cached_property
     def source(self) -> str:
-        """The chat template's source."""
-        module = inspect.getmodule(self._function) if self._function else None
-        return inspect.getsource(module) if module else str(self.tokenizer.chat_template)
+        """The template's source; of several templates that of the default one."""
+        if self._function:
+            module = inspect.getmodule(self._function)
+            return inspect.getsource(module) if module else ""
+        source = self.tokenizer.chat_template
+        return str(source.get("default", "") if isinstance(source, dict) else source)
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        """The template as Jinja parses it, or None if Jinja can't: rendering it says why."""
+        if self._function:
+            return None
+        import jinja2
+
+        # The one tag that transformers adds to Jinja.
+        source = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", self.source)
+        with contextlib.suppress(jinja2.TemplateError, RecursionError):
+            return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        return None
 
     @functools.cached_property
     def variables(self) -> set[str]:
-        """The variables that the chat template reads, and a few names more."""
-        # mlx-lm tells a function one thing.
+        """The variables that the template reads."""
         if self._function:
+            # mlx-lm tells a function one thing.
             return {"enable_thinking"}
-        import jinja2
+        if self.tree is None:
+            return set()
+        import jinja2.meta
 
-        # The lexer knows no tags, so that those of transformers need no telling. What is wrong, rendering says.
-        words = [""]
-        with contextlib.suppress(jinja2.TemplateSyntaxError):
-            words += [
-                word
-                for _, kind, word in jinja2.Environment().lex(self.source)
-                if kind != "whitespace"
-            ]
-        # No attribute, and nothing that is only given a value.
-        return {
-            word
-            for before, word, after in zip(words, words[1:], words[2:])
-            if before != "." and after != "="
-        }
+        return set(jinja2.meta.find_undeclared_variables(self.tree))
+
+    @functools.cached_property
+    def literals(self) -> list[str]:
+        """The texts that the template's code has in quotes."""
+        if self.tree is None:
+            return re.findall(r"[\"']([^\"'\n]+)[\"']", self.source)
+        import jinja2.nodes
+
+        values = [node.value for node in self.tree.find_all(jinja2.nodes.Const)]
+        return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+
+    def check(self) -> None:
+        """Raise `ChatError` if no template renders a prompt, with what the user says in it."""
+        templates = self.tokenizer.chat_template
+        if isinstance(templates, dict) and not self.source:
+            names = shorten(", ".join(map(str, templates)), 60)
+            raise ChatError(
+                f"{self.name} has several chat templates ({names}), and none is the default. "
+                "Name another model."
+            )
+        try:
+            text = self._apply([self._with_typed_content(QUESTION)], True, {})
+        # The template is a program of others: it may raise anything.
+        except Exception as error:
+            raise ChatError(
+                f"The chat template of {self.name} can't render this model's prompts: "
+                f"{error_text(error)}. Name another model."
+            ) from error
+        if PROBE_QUESTION not in text:
+            raise ChatError(
+                f"The chat template of {self.name} leaves out what the user says. "
+                "Name another model."
+            )
 
     def render(
         self,
@@ -1765,55 +1842,313 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """Return the template's text for `messages`, if prompted up to where the reply starts. Raises `ChatError`."""
-        # mlx-lm's wrapper tells every template to think; a user who said nothing gets the template's own
-        # default, so the tokenizer inside is asked, unless mlx-lm brings the template along as a function.
-        tokenizer = (
-            self.tokenizer
-            if self._function
-            else getattr(self.tokenizer, "_tokenizer", self.tokenizer)
-        )
-        advice = "Leave out the system prompt, or take turns back with /undo."
-        with foreign(
-            f"The chat template of {self.name} can't render this conversation: {{}}. {advice}"
-        ):
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
-            )
+        """Return the text of messages, by default up to where a reply starts.
+
+        Raises `ChatError`.
+        """
+        typed = [self._with_typed_content(message) for message in messages]
+        try:
+            text = self._apply(typed, add_generation_prompt, variables)
+        # The template is a program of others: it may raise anything. A step of it that makes
+        # gigabytes of text can't be stopped from here.
+        except Exception as error:
+            raise ChatError(
+                f"The chat template of {self.name} can't render this conversation: "
+                f"{error_text(error)}. Leave out the system prompt, or take turns back with /undo."
+            ) from error
         if len(text) > MAX_CHARACTERS:
             raise ChatError(
-                f"The chat template of {self.name} makes {len(text)} characters of it. Shorten the prompt."
+                f"The chat template of {self.name} makes {len(text)} characters of it. "
+                "Shorten the prompt."
             )
-        return str(text)
+        return text
+
+    def _apply(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, variables: Any
+    ) -> str:
+        # mlx-lm's wrapper tells every template to think. A user who said nothing gets the template's
+        # default. So the tokenizer inside is asked, unless the template is a function of mlx-lm.
+        tokenizer = self.tokenizer
+        if not self._function:
+            tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            )
+        )
+
+    def _with_typed_content(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return a message with its content as a typed block, if the template takes no text."""
+        content = message["content"]
+        if isinstance(content, str) and message["role"] in self._typed_roles:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message
 
     @functools.cached_property
-    def _structure(self) -> re.Pattern[str]:
-        """The texts that may be a prompt's structure: special tokens, others that the template names, and marks."""
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        texts = {str(token) for token in tokens if token.special or str(token) in self.source}
-        ordered = sorted(
-            (text for text in texts.union(self.marks) if len(text.strip()) > 1),
-            key=len,
-            reverse=True,
-        )
-        return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+    def _typed_roles(self) -> set[str]:
+        """The roles whose content the template takes as a list of typed blocks alone.
 
-    def escape_special_tokens(self, content: str) -> str:
-        """Return a content broken up, so that neither template nor tokenizer takes a part of it for structure."""
-        return self._structure.sub(
-            lambda token: token[0][0] + TOKEN_BREAK + token[0][1:], content.replace(TOKEN_BREAK, "")
-        )
+        A template for images may read `message.content[0].text`, and nothing else.
+        """
+
+        def comes_out(*messages: dict[str, Any]) -> bool:
+            # The template is a program of others: it may raise anything.
+            with contextlib.suppress(Exception):
+                return PROBE_ANSWER in self._apply(messages, True, {})
+            return False
+
+        def with_blocks(message: dict[str, Any]) -> dict[str, Any]:
+            return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+        def needs_blocks(
+            before: Sequence[dict[str, Any]], role: str, after: Sequence[dict[str, Any]]
+        ) -> bool:
+            message = {"role": role, "content": PROBE_ANSWER}
+            if comes_out(*before, message, *after):
+                return False
+            return comes_out(*before, with_blocks(message), *after)
+
+        typed = set()
+        question = QUESTION
+        if needs_blocks([], "user", []):
+            typed.add("user")
+            question = with_blocks(QUESTION)
+        if needs_blocks([question], "assistant", [question]):
+            typed.add("assistant")
+        if needs_blocks([], "system", [question]):
+            typed.add("system")
+        return typed
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a rendered text, which brings its own BOS. Raises `ChatError`."""
-        # A flag or a file may hold what is no text: half a surrogate pair, which no tokenizer takes.
-        parts = text.encode(errors="replace").decode().split(TOKEN_BREAK)
-        with foreign(f"The tokenizer of {self.name} fails: {{}}. Name another model."):
-            return [
-                token
-                for part in parts
-                for token in self.tokenizer.encode(part, add_special_tokens=False)
-            ]
+        """Return the token ids of a rendered text, which brings its own BOS. Raises `ChatError`.
+
+        A token never spans a `TOKEN_BREAK`. Apart from that the tokens are those of the whole text.
+        """
+        first, *parts = text.split(TOKEN_BREAK)
+        tokens = self._encode_alone(first)
+        known: dict[str, list[int]] = {}
+        for part in parts:
+            if part not in known:
+                known[part] = self._encode_within(part)
+            tokens.extend(known[part])
+        return tokens
+
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """Return the token ids of a text that goes on after another one. Raises `ChatError`."""
+        tokens = self.encode(before + text)
+        head = self.encode(before)
+        if tokens[: len(head)] == head:
+            return tokens[len(head) :]
+        return self._encode_within(text)
+
+    def _encode_within(self, text: str) -> list[int]:
+        """Return the token ids of a text that stands somewhere within another one.
+
+        Many tokenizers put a space before a text, which belongs to its first word alone.
+        """
+        if not text:
+            return []
+        for anchor in ANCHORS:
+            head = self._encode_alone(anchor)
+            tokens = self._encode_alone(anchor + text)
+            # The anchor is no use if it is lost, or if a token spans it and the text.
+            if head and tokens[: len(head)] == head:
+                return tokens[len(head) :]
+        return self._encode_alone(text)
+
+    def _encode_alone(self, text: str) -> list[int]:
+        # A config file may contain half a surrogate pair, which no tokenizer takes.
+        text = text.encode(errors="replace").decode()
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # The panic of a Rust library is no `Exception`.
+        except BaseException as error:
+            raise ChatError(
+                f"The tokenizer of {self.name} fails: {error_text(error)}. Name another model."
+            ) from error
+
+    @functools.cached_property
+    def eos_token_ids(self) -> set[int]:
+        """The tokens that end a reply, as the tokenizer and the configurations name them."""
+        ids = [self.tokenizer.eos_token_id, *self.tokenizer.eos_token_ids]
+        for value in self._end_ids:
+            ids += value if isinstance(value, list) else [value]
+        return {number for number in ids if self._is_token(number)}
+
+    def _is_token(self, number: Any) -> bool:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            return False
+        with contextlib.suppress(IndexError, KeyError, OverflowError, ValueError):
+            return bool(self.tokenizer.convert_ids_to_tokens(number))
+        return False
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """The tokens that may be structure, by their ids.
+
+        A token that was added to a vocabulary is special, or looks like a mark, or else it may be a
+        word, a sign or spaces that anybody writes.
+        """
+        mark = re.compile(r"\w.*[^\w\s]|[^\w\s].*\w")
+        return {
+            number: str(token)
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            if str(token).strip() and (token.special or mark.search(str(token)))
+        }
+
+    @functools.cached_property
+    def _structure_ids(self) -> set[int]:
+        """The ids of the tokens that are structure: special ones, and those the template names."""
+        added = self.tokenizer.added_tokens_decoder
+        return {
+            number
+            for number, text in self.added_tokens.items()
+            if added[number].special or text in self.source
+        }
+
+    @functools.cached_property
+    def _structure_texts(self) -> re.Pattern[str]:
+        texts = sorted((self.added_tokens[number] for number in self._structure_ids), key=len)
+        return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
+
+    def fed(
+        self,
+        messages: Sequence[Message],
+        to_template_message: Callable[[Message], dict[str, Any]] = dict,
+        **variables: Any,
+    ) -> Rendered:
+        """Return what the model is fed of a conversation that ends with a prompt.
+
+        No text of a message becomes structure, whatever template and tokenizer make of it. The
+        result is checked: its special tokens are those of the same conversation with made-up words
+        for texts. Where there are more, texts are broken up with `TOKEN_BREAK`, as little as will
+        do. Raises `ChatError`, also if nothing will do.
+        """
+
+        def render(conversation: Sequence[Message]) -> Rendered:
+            text = self.render([to_template_message(m) for m in conversation], **variables)
+            return Rendered(text, self.encode(text), text.partition(PROBE_QUESTION)[2])
+
+        plain = [with_texts(m, lambda text: text.replace(TOKEN_BREAK, "")) for m in messages]
+        safe = [self._broken_up.get(tuple(message.values()), message) for message in plain]
+        prompt = render(safe)
+        made_up = self._made_up(plain)
+        expected = render(made_up)
+        if not self._has_only_structure_of(expected, prompt):
+            # The template may have answered to a word of a message that is no structure.
+            made_up = self._made_up(plain, self._plain_literals)
+            expected = render(made_up)
+        if not self._has_only_structure_of(expected, prompt):
+            safe = self._break_up(
+                plain,
+                made_up,
+                lambda conversation: self._has_only_structure_of(expected, render(conversation)),
+            )
+            prompt = render(safe)
+        return Rendered(prompt.text.replace(TOKEN_BREAK, ""), prompt.tokens, expected.ending)
+
+    def _has_only_structure_of(self, expected: Rendered, prompt: Rendered) -> bool:
+        """Tell if each token of a prompt that is structure is expected where it stands."""
+        # What a template writes by itself is structure too, also where it puts a token together.
+        ids = self._structure_ids.union(self.added_tokens.keys() & set(expected.tokens))
+        return is_subsequence(
+            [token for token in prompt.tokens if token in ids],
+            [token for token in expected.tokens if token in ids],
+        )
+
+    def _made_up(self, messages: Sequence[Message], kept: Sequence[str] = ()) -> list[Message]:
+        """Return the messages with made-up words for texts, at last `PROBE_QUESTION`.
+
+        The words that are to be kept stay where they occur: a template may look for `/no_think` in
+        a message, and write something else then.
+        """
+
+        def with_word(message: Message, made_up: str) -> Message:
+            def change(text: str) -> str:
+                # A template may leave out what is empty.
+                if not text.strip():
+                    return text
+                return " ".join([*(word for word in kept if word in text), made_up])
+
+            return with_texts(message, change)
+
+        *earlier, last = messages
+        return [*(with_word(m, PROBE_EARLIER) for m in earlier), with_word(last, PROBE_QUESTION)]
+
+    @functools.cached_property
+    def _plain_literals(self) -> list[str]:
+        """The words in quotes in the template that are no structure."""
+        words = [text for text in self.literals if re.search(r"\w\w", text)]
+        return [text for text in words if not self._structure_texts.search(text)]
+
+    def _break_up(
+        self,
+        messages: Sequence[Message],
+        made_up: Sequence[Message],
+        is_safe: Callable[[Sequence[Message]], bool],
+    ) -> list[Message]:
+        """Return the messages, with those broken up of which a text would become structure."""
+        first_characters = {self.added_tokens[number][0] for number in self._structure_ids}
+
+        def within_tokens(text: str) -> str:
+            return self._structure_texts.sub(
+                lambda match: match[0][0] + TOKEN_BREAK + match[0][1:], text
+            )
+
+        def after_first_characters(text: str) -> str:
+            return "".join(
+                character + TOKEN_BREAK if character in first_characters else character
+                for character in text
+            )
+
+        def everywhere(text: str) -> str:
+            return TOKEN_BREAK.join(["", *text, ""])
+
+        safe = []
+        for index, message in enumerate(messages):
+            for change in (str, within_tokens, after_first_characters, everywhere):
+                changed = with_texts(message, change)
+                if is_safe([*made_up[:index], changed, *made_up[index + 1 :]]):
+                    break
+            safe.append(changed)
+        if not is_safe(safe):
+            # Two messages may spell a token together.
+            safe = [with_texts(message, everywhere) for message in messages]
+        if not is_safe(safe):
+            raise ChatError(
+                f"This conversation spells a special token of {self.name}, however it is broken "
+                "up. Write it in other words, or take turns back with /undo."
+            )
+        for message, changed in zip(messages, safe):
+            if message != changed:
+                self._broken_up[tuple(message.values())] = changed
+        return safe
+
+
+def with_fitting_detokenizer(name: str, tokenizer: Any) -> Any:
+    """Return a tokenizer, in mlx-lm's wrapper, with the detokenizer that its vocabulary needs.
+
+    mlx-lm chooses it by the decoder in `tokenizer.json`. A byte-level vocabulary that comes with
+    the decoder of another kind would have a reply read `HelloĠtoĠyou`. Raises `ChatError`.
+    """
+    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+
+    template = ChatTemplate(name, tokenizer)
+    tokens = template.encode("Hello to you")
+    is_byte_level = "Ġ" in "".join(map(str, tokenizer.convert_ids_to_tokens(tokens)))
+    if not is_byte_level or template.is_function:
+        return tokenizer
+    detokenizer = tokenizer.detokenizer
+    detokenizer.reset()
+    for token in tokens:
+        detokenizer.add_token(token)
+    detokenizer.finalize()
+    if "Ġ" not in detokenizer.text:
+        return tokenizer
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    return TokenizerWrapper(inner, BPEStreamingDetokenizer, tokenizer.eos_token_ids)
 
 
 @dataclasses.dataclass
@@ -2481,10 +2816,13 @@ def load_model(found: ModelFiles, settings: Settings, hosts: Hosts) -> Model:
     is_function = getattr(tokenizer, "has_chat_template", False)
     if tokenizer.chat_template is None and not is_function:
         raise ChatError(NO_TEMPLATE_MESSAGE.format(name=found.name))
+    tokenizer = with_fitting_detokenizer(found.name, tokenizer)
+    generation_config = read_config(found, RECOMMENDATIONS_FILE)
+    end_ids = [config.get("eos_token_id") for config in (found.config, generation_config)]
     return Model(
         found.name,
         network,
-        ChatTemplate(found.name, tokenizer),
+        ChatTemplate(found.name, tokenizer, end_ids),
         context_length(found.config),
         hosts,
         fingerprint(found, settings),
@@ -2912,14 +3250,22 @@ class StateFile:
 
 
 class Piece(NamedTuple):
-    """A streamed unit of a reply: `answer` or `thought`, or else `prefill` or a `notice`, none of the model's words."""
+    """A streamed unit of a reply: `thought` or `answer`, which are the model's words, or another kind.
+
+    `prefill` tells how much of the prompt is computed, and a `notice` is a remark of the program.
+    `unclosed` comes last if all that was shown as a thought may be the answer, and repeats it.
+    """
 
     kind: str
     text: str
 
 
-# The kinds of a reply's text that are never shown: before its first mark or word, and between thought and answer.
-START, BETWEEN = "start", "between"
+# Where a splitter is in a reply. Before the first mark or word, and between thought and answer,
+# nothing is shown.
+START = "start"
+THOUGHT = "thought"
+BETWEEN = "between"
+ANSWER = "answer"
 
 # Contents in blocks of types that templates read (Ministral's, Apertus').
 BLOCKS = {
@@ -2927,373 +3273,994 @@ BLOCKS = {
     "thoughts blocks": ("thoughts", "text", "response"),
 }
 
+# What looks like a special token, whether or not the tokenizer has it.
+TOKEN_LIKE = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z _]{1,40}\]")
+# The most characters that a header has beyond those that the template writes.
+MAX_FURTHER_CHARACTERS = 100
 
-def message_with_thought(place: str, thought: str, answer: str) -> dict[str, Any]:
-    """Return a reply as a message for a template that takes a thought in a place: a field, or blocks of the content."""
-    if place not in BLOCKS:
-        return {
-            "content": answer,
-            **({place: thought} if thought and place not in ("", "content") else {}),
-        }
-    kind, field, other = BLOCKS[place]
-    blocks = [{"type": kind, field: thought}, {"type": other, "text": answer}][not thought :]
-    return {"content": {"blocks": blocks} if kind == "thoughts" else blocks}
+
+def split_mark(mark: str) -> list[str]:
+    """Return the special tokens of a mark and the words between them, without spaces around.
+
+    `<|start|>assistant<|message|>` has the parts `<|start|>`, `assistant` and `<|message|>`.
+    """
+    parts = re.split(f"({TOKEN_LIKE.pattern})", mark)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def split_marks(text: str) -> list[list[str]]:
+    """Return the marks that a template writes one after another, each as its parts.
+
+    A mark ends where one special token follows another: `<|end|><|start|>assistant<|message|>` is
+    the mark `<|end|>`, and a mark with the parts `<|start|>`, `assistant` and `<|message|>`.
+    """
+    marks: list[list[str]] = []
+    before = ""
+    for part in split_mark(text):
+        if not marks or (TOKEN_LIKE.fullmatch(before) and TOKEN_LIKE.fullmatch(part)):
+            marks.append([])
+        marks[-1].append(part)
+        before = part
+    return marks
+
+
+def mark_words(parts: Iterable[str]) -> set[str]:
+    """Return the words of a mark that stand outside of its special tokens."""
+    return {word for part in parts if not TOKEN_LIKE.fullmatch(part) for word in part.split()}
+
+
+def match_mark(parts: Sequence[str], text: str, *, further_words: bool = False) -> int | None:
+    """Return the length of a mark that a text begins with, 0 if there is none, None if one may come.
+
+    Spaces may stand between the parts of the mark. If it may have further words, they stand before
+    its last part: `<|channel|>final <|constrain|>json<|message|>` is `<|channel|>final<|message|>`.
+    """
+    length = 0
+    for number, part in enumerate(parts, 1):
+        rest = text[length:].lstrip() if length else text
+        # A mark with words between two tokens has three parts or more.
+        if further_words and number == len(parts) >= len(("token", "words", "token")):
+            words = rest.partition(part)[0]
+            if "\n" in words or len(words) > MAX_FURTHER_CHARACTERS:
+                return 0
+            if part not in rest:
+                return None
+            rest = rest[len(words) :]
+        if part.startswith(rest) and part != rest:
+            return None
+        if not rest.startswith(part):
+            return 0
+        length = len(text) - len(rest) + len(part)
+    return length
+
+
+def message_with_thought(field: str, thought: str, answer: str) -> dict[str, Any]:
+    """Return content and thought of a reply as a template takes them: in a field, or in blocks."""
+    if field in BLOCKS:
+        kind, thought_key, answer_kind = BLOCKS[field]
+        blocks = [{"type": answer_kind, "text": answer}]
+        if thought:
+            blocks.insert(0, {"type": kind, thought_key: thought})
+        return {"content": {"blocks": blocks} if kind == "thoughts" else blocks}
+    if thought and field not in ("", "content"):
+        return {"content": answer, field: thought}
+    return {"content": answer}
 
 
 class ThoughtFormat(NamedTuple):
-    """The marks around a thought and an answer, and the place where the template takes a thought back.
+    """The marks around a thought and an answer, and where the template takes a thought back.
 
-    A reply is `start` thought `end` answer `tail`, or `lead` answer `tail`; without a `start` it just begins with the
-    thought. The place is a field of the message, one of `BLOCKS`, `content`, or none: old thoughts are left out.
+    A reply is `thought_start` thought `thought_end` `answer_start` answer `answer_end`, or without
+    the first three. Without a `thought_start` it just begins with the thought. The field is one of
+    the message, one of `BLOCKS`, `content`, or none: then the template leaves old thoughts out.
     """
 
-    start: str = ""
-    end: str = ""
-    lead: str = ""
-    tail: str = ""
-    place: str = ""
+    thought_start: str = ""
+    thought_end: str = ""
+    answer_start: str = ""
+    answer_end: str = ""
+    thought_field: str = ""
 
     @property
     def marks(self) -> list[str]:
-        """The marks of a thought that are known, without blanks around."""
-        return [mark.strip() for mark in (self.start, self.end) if mark.strip()]
+        """The marks around a thought, without spaces around them."""
+        return [mark.strip() for mark in self[:2] if mark.strip()]
 
     @property
     def end_of_thought(self) -> str:
         """The text that ends a thought and begins the answer."""
-        return self.end + self.lead * (self.lead.strip() not in self.end)
+        if self.answer_start.strip() in self.thought_end:
+            return self.thought_end
+        return self.thought_end + self.answer_start
+
+    @property
+    def header_end(self) -> str:
+        """The special token that ends a header, if the words of headers tell thought from answer.
+
+        In `<|channel|>analysis<|message|>` and `<|channel|>final<|message|>` it is `<|message|>`.
+        """
+        *thought_words, thought_end = split_mark(self.thought_start) or [""]
+        *answer_words, answer_end = split_mark(self.answer_start) or [""]
+        if thought_words and answer_words and thought_end == answer_end:
+            return thought_end
+        return ""
 
     def to_template_message(self, message: Message) -> dict[str, Any]:
         """Return a message in the form in which the template takes it."""
-        answer, thought = message["content"], message.get("reasoning_content", "")
-        place = self.place if message["role"] == "assistant" else ""
-        if place == "content" and thought:
-            answer = self.said(message)
-            # A thought that was stopped is closed, or the template would take it for an answer.
-            if self.end.strip() not in answer:
-                answer += self.end
-        return {"role": message["role"], **message_with_thought(place, thought, answer)}
+        if message["role"] != "assistant":
+            return {"role": message["role"], "content": message["content"]}
+        answer = self._break_up_marks(message["content"])
+        thought = self._break_up_marks(message.get("reasoning_content", ""))
+        if thought and self.thought_field == "content":
+            # A stopped thought is closed too, or the template would take it for an answer.
+            answer = self.thought_start + thought + self.end_of_thought + answer
+        return {"role": "assistant", **message_with_thought(self.thought_field, thought, answer)}
 
-    def said(self, message: Message, begun: str = "") -> str:
-        """Return a reply as the model said it, after what the prompt had `begun` of it."""
-        answer, thought = message["content"], message.get("reasoning_content", "")
+    def _break_up_marks(self, text: str) -> str:
+        """Return a text in which marks are broken up, so that the template cuts at none of them."""
+        for part in itertools.chain.from_iterable(map(split_mark, self.marks)):
+            # Anybody may write the words of a mark.
+            if TOKEN_LIKE.fullmatch(part):
+                text = text.replace(part, part[0] + TOKEN_BREAK + part[1:])
+        return text
+
+    def raw_reply(self, message: Message, prefilled: str = "") -> str:
+        """Return a reply as the model writes it, after what the prompt holds of it already."""
+        answer = message["content"]
+        thought = message.get("reasoning_content", "")
         if not thought:
-            return self.lead * (not begun) + answer
-        return self.start * (not begun) + thought + (self.end_of_thought + answer if answer else "")
+            return answer if prefilled else self.answer_start + answer
+        text = thought + self.end_of_thought + answer if answer else thought
+        return text if prefilled else self.thought_start + text
 
 
-# The variables that templates read of how to think: switches, degrees, and a number of tokens.
-SWITCHES, DEGREES, BUDGET = (
-    ("enable_thinking", "thinking"),
-    ("reasoning_effort", "thinking_effort"),
-    "thinking_budget",
-)
-BUDGETS = {"none": 0, "minimal": 0, "low": 512, "medium": 4096, "high": 16384}
+class FoundMark(NamedTuple):
+    """How much text stands before a mark, how long the mark is, and the state that it leads to.
+
+    With the length 0 there is no mark, but what stands after the text may become one.
+    """
+
+    text_length: int
+    length: int = 0
+    target: str = ""
 
 
-def think_variables(template: ChatTemplate, think: bool | str | None) -> dict[str, Any]:
-    """Return the variables that ask a template for a way to think: on, off, a degree, or None for its own default."""
-    if think is None:
-        return {}
-    asked: dict[str, Any] = dict.fromkeys(SWITCHES, think is not False)
-    # The least degree that a template knows by name comes nearest to none.
-    least = next(
-        (
-            word
-            for word in ("none", "minimal")
-            if re.search(rf"""['"]{word}['"]""", template.source)
-        ),
-        "low",
-    )
-    if degree := think if isinstance(think, str) else "" if think else least:
-        asked.update(dict.fromkeys(DEGREES, degree), **{BUDGET: BUDGETS[degree] if think else 0})
-    return {name: value for name, value in asked.items() if name in template.variables}
+# For each state of a splitter the marks that count in it, as their parts, and where each leads.
+StateMarks = Dict[str, List[Tuple[List[str], str]]]
 
 
-def thinking_note(
-    template: ChatTemplate, thought_format: ThoughtFormat, think: bool | str | None
-) -> str:
-    """Return a sentence on what the template can't do of the way to think, or nothing."""
-    read = think_variables(template, think)
-    if think is not None and not thought_format.end:
-        return f"{template.name} is no reasoning model: there is nothing to think, or not."
-    if think is False and all(BUDGETS.get(read[name], 0) for name in read):
-        little = "; it is asked for little" if read else ""
-        return f"{template.name} can't be told not to think{little}."
-    if isinstance(think, str) and not {*DEGREES, BUDGET} & {*read}:
-        return f"{template.name} can't be told how much to think."
-    return ""
-
-
-# Made-up words, by which a rendering tells where a template puts what.
-PROBE_EARLIER, PROBE_QUESTION, PROBE_THOUGHT, PROBE_ANSWER = (
-    "hazelcatkin",
-    "quincewort",
-    "thistledown",
-    "walnutshell",
-)
-QUESTION = {"role": "user", "content": PROBE_QUESTION}
-
-# The names of thoughts in fields and marks, the marks of an answer, and all that looks like a mark.
-THOUGHT_WORD = re.compile("think|thought|reason", re.IGNORECASE)
-ANSWER_MARK = re.compile(r"\W*(BEGIN.|START_)?(FINAL.)?(response|answer)\W*", re.IGNORECASE)
-MARK = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z _]{1,40}\]")
-
-
-def possible_end_marks(mark: str) -> set[str]:
-    """Return the marks that may close what a mark opens."""
-    renamed = {
-        mark.replace("START", "END"),
-        mark.replace("BEGIN", "END"),
-        mark.replace("prefix", "suffix"),
+def marks_by_state(format: ThoughtFormat) -> StateMarks:
+    """Return the marks that lead a splitter from one state to another."""
+    start = split_mark(format.thought_start)
+    answer_start = split_mark(format.answer_start)
+    end, *others = split_marks(format.thought_end) or [[]]
+    # What the template writes between the end of a thought and the mark of the next part.
+    turn = list(itertools.chain.from_iterable(others))
+    if answer_start and turn[-len(answer_start) :] == answer_start:
+        turn = turn[: -len(answer_start)]
+    marks: StateMarks = {
+        START: [(start, THOUGHT), (end, BETWEEN), (answer_start, ANSWER)],
+        THOUGHT: [(start, THOUGHT), (end, BETWEEN)],
+        BETWEEN: [(answer_start, ANSWER), (turn + answer_start, ANSWER)],
+        ANSWER: [],
     }
-    return {mark[0] + "/" + mark[1:], re.sub(r"^<\|(.*[^|])>$", r"<\1|>", mark), *renamed} - {mark}
-
-
-class ThoughtFinder:
-    """Finds how a model marks its thoughts by rendering its template with made-up words; it knows no model by name."""
-
-    def __init__(self, template: ChatTemplate) -> None:
-        tokenizer = template.tokenizer
-        self._template = template
-        self._pair = (
-            (str(tokenizer.think_start), str(tokenizer.think_end))
-            if tokenizer.has_thinking
-            else ("", "")
-        )
-        with foreign(f"The tokenizer of {template.name} fails: {{}}. Name another model."):
-            self._text = " ".join([template.source, *tokenizer.get_added_vocab(), *self._pair])
-            self._ends = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
-        switches = [
-            {name: on} for name in SWITCHES if name in template.variables for on in (True, False)
-        ]
-        self._switches: list[dict[str, Any]] = [{}, *switches]
-
-    def find(self) -> ThoughtFormat:
-        """Return the format; it is empty for a model that doesn't think."""
-        if not THOUGHT_WORD.search(self._text):
-            return ThoughtFormat()
-        before, _, after = self._probe(PROBE_ANSWER).partition(PROBE_ANSWER)
-        tails = [after.partition(end)[0] for end in self._ends if end in after]
-        found = self._by_message() or self._by_marks()
-        lead = found.lead or before[self._header(before) :]
-        if any(mark in lead for mark in found.marks):
-            lead = ""
-        return found._replace(lead=lead, tail=found.tail or min(tails, key=len, default=""))
-
-    def _probe(
-        self,
-        answer: str = "",
-        thought: str = "",
-        place: str = "",
-        after: Sequence[Message] = (),
-        **switches: Any,
-    ) -> str:
-        """Render a conversation with this reply, or its prompt alone; a template that can't has nothing to tell."""
-        # Some templates treat the first reply unlike later ones.
-        earlier = [
-            {"role": "user", "content": PROBE_EARLIER},
-            {"role": "assistant", **message_with_thought(place, "", PROBE_EARLIER)},
-        ]
-        reply = (
-            [{"role": "assistant", **message_with_thought(place, thought, answer)}, *after]
-            if answer
-            else []
-        )
-        with contextlib.suppress(ChatError):
-            return self._template.render(
-                [*earlier, QUESTION, *reply], add_generation_prompt=not answer, **switches
-            )
-        return ""
-
-    @functools.cached_property
-    def _prompts(self) -> list[str]:
-        return [*filter(None, (self._probe(**switches) for switches in self._switches))]
-
-    @functools.cached_property
-    def _marks(self) -> dict[str, str]:
-        """All marks that the prompts, the template and the vocabulary name, each with the first that it may close."""
-        marks = list(dict.fromkeys(MARK.findall(" ".join([*self._prompts, self._text]))))
-        openings = {twin: mark for mark in reversed(marks) for twin in possible_end_marks(mark)}
-        return {
-            mark: openings.get(mark, mark.replace("/", "", 1) if mark[1] == "/" else "")
-            for mark in marks
-        }
-
-    def _header(self, text: str) -> int:
-        """Return the length of a rendering up to where the reply begins."""
-        shared = [common_prefix(text, prompt) for prompt in self._prompts]
-        # A switch may have put something behind the prompt, and two marks may begin alike.
-        length = min(
-            (n for n in shared if n > text.find(PROBE_QUESTION) + len(PROBE_QUESTION)),
-            default=len(text),
-        )
-        return len(text[:length].rstrip("<[|"))
-
-    def _by_message(self) -> ThoughtFormat | None:
-        """Look for a field of the message, or blocks of its content, that come out before the answer."""
-        words = {*re.findall(r"\w+", self._template.source)}
-        names = sorted(filter(THOUGHT_WORD.search, words), key=lambda name: (-len(name), name))
-        places = [*names, *(place for place in BLOCKS if place.split()[0] in names)]
-        for place, switches in itertools.product(places, self._switches):
-            before, _, rest = self._probe(PROBE_ANSWER, PROBE_THOUGHT, place, **switches).partition(
-                PROBE_THOUGHT
-            )
-            end, answered, _ = rest.partition(PROBE_ANSWER)
-            # Not merely printed as it is, as part of a list.
-            if answered and end.strip() and "'type'" not in before and '"type"' not in before:
-                opening = self._marks.get(end.strip(), "")
-                header = self._header(before)
-                start = before.rfind(opening) if opening and opening in before else header
-                # Blanks before a mark belong to it.
-                start = start if before[header:start].strip() else min(header, start)
-                return ThoughtFormat(before[start:], end, place=place)
-        return None
-
-    def _by_marks(self) -> ThoughtFormat:
-        """Look for marks with telling names, above all for those that count in the content of an old reply."""
-        pairs = [*((opening, mark) for mark, opening in self._marks.items()), self._pair]
-        formats = [self._with_blanks(*pair) for pair in pairs if pair[0]]
-        formats = [format for format in formats if THOUGHT_WORD.search(format.start)]
-        for format in filter(self._goes_back, formats):
-            return format._replace(place="content")
-        lead = next(filter(ANSWER_MARK.fullmatch, self._marks), "")
-        tail = next((mark for mark, opening in self._marks.items() if lead and opening == lead), "")
-        told = "".join(self._prompts)
-        if lead and lead in told and not any(format.start.strip() in told for format in formats):
-            return ThoughtFormat("", lead, "", tail)
-        return formats[0]._replace(lead=lead, tail=tail) if formats else ThoughtFormat()
-
-    def _goes_back(self, format: ThoughtFormat) -> bool:
-        """Tell if the template cuts a thought between these marks off an old reply, or keeps what a prompt begins."""
-        said = format.start + PROBE_THOUGHT + format.end + PROBE_ANSWER
-        text = self._probe(said, after=[QUESTION, {"role": "assistant", "content": ""}, QUESTION])
-        cut = PROBE_ANSWER in text and PROBE_THOUGHT not in text
-        prompted = any(
-            format.end.strip() in prompt.rpartition(PROBE_QUESTION)[2] for prompt in self._prompts
-        )
-        return cut or (prompted and any(prompt + said in text for prompt in self._prompts))
-
-    def _with_blanks(self, start: str, end: str) -> ThoughtFormat:
-        """Return two marks with what belongs to them, as an empty or an opened thought at the end of a prompt tells."""
-        opened = any(prompt.endswith(f"{start}\n") for prompt in self._prompts)
-        for prompt in self._prompts:
-            closed = re.search(rf"(?:({re.escape(start)}\w*)(\s*))?{re.escape(end)}(\s*)$", prompt)
-            if closed and not opened:
-                within = closed[2] or ""
-                half = len(within) // 2
-                return ThoughtFormat(
-                    (closed[1] or start) + within[half:], within[:half] + end + closed[3]
-                )
-        blanks = ("\n", "\n", "\n\n") if opened or end.startswith("</") else ("", "", "")
-        return ThoughtFormat(start + blanks[0], blanks[1] + end + blanks[2])
-
-
-def detect_thoughts(template: ChatTemplate) -> ThoughtFormat:
-    """Return how a model marks its thoughts, which its template is asked for."""
-    found = ThoughtFinder(template).find()
-    # A thought may also begin with prose, which anybody may write.
-    template.marks = [*filter(MARK.fullmatch, found.marks)]
-    return found
+    if turn:
+        marks[BETWEEN].append((turn + start, THOUGHT))
+    if turn and format.header_end:
+        # Another message may follow an answer.
+        marks[ANSWER].append((end + turn, BETWEEN))
+    return {state: [pair for pair in pairs if pair[0]] for state, pairs in marks.items()}
 
 
 class ThoughtSplitter:
-    """Tells thoughts from the answer in streamed text; a mark may be split over pieces."""
+    r"""Splits streamed text into thought and answer. A mark may arrive in several pieces.
 
-    def __init__(self, format: ThoughtFormat, begun: str = "") -> None:
-        """`begun` is what the prompt has said already of the reply."""
-        start, end, lead = (mark.strip() for mark in format[:3])
-        # A thought may have several parts.
-        further = end.removesuffix(lead) + start if start else ""
-        # The marks that count in each kind of text, and the kind that each begins.
-        self._marks = {
-            START: {start: "thought", end: BETWEEN, lead: "answer"},
-            "thought": {start: "thought", further: "thought", end: BETWEEN},
-            BETWEEN: {lead: "answer"},
-            "answer": {},
-        }
+    It is a state machine, which shows text in two of its states:
+
+        <think>   Let me see.   </think>   \n\n   Paris.
+        START --> THOUGHT ----> BETWEEN -------> ANSWER
+
+    A mark leads to another state; so does the first text that is not blank, in the two states that
+    show nothing. Where the words of a header tell thought from answer, each message has a header:
+
+        <|channel|>analysis<|message|>  Let me see.  <|end|>
+        START ------------------------> THOUGHT ---> BETWEEN
+                            <|start|>assistant<|channel|>final<|message|>  Paris.
+                    BETWEEN ---------------------------------------------> ANSWER
+
+    There a header of other words leads to ANSWER too, and so does text without a header.
+    """
+
+    def __init__(self, format: ThoughtFormat, prefilled: str = "") -> None:
+        """`prefilled` is the beginning of the reply that the prompt holds, such as `<think>`."""
         self._format = format
-        # What ends an answer; where there is something to begin one too, only after that or another mark.
-        self._tail = "" if lead else format.tail
-        # All of the text, marks and all; the kind of text that comes next, and what is not certain yet.
-        self.text, self.state, self._held = "", START, ""
-        # What came, after the prompt, of the kinds that are shown.
-        self._texts = {"thought": "", "answer": ""}
-        list(self.feed(begun))
-        self._texts = {"thought": "", "answer": ""}
+        self._marks = marks_by_state(format)
+        start = split_mark(format.thought_start)
+        answer_start = split_mark(format.answer_start)
+        self._thought_words = mark_words(start) - mark_words(answer_start)
+        marks = [mark for mark, _ in self._marks[START] + self._marks[BETWEEN]]
+        self._header_openings = {format.header_end, *(mark[0] for mark in marks)}
+        self._answer_end = split_mark(format.answer_end)
+        # If a mark begins the answer, the mark that ends it counts only after some mark was seen.
+        self._answer_may_end = not answer_start
+        # The whole reply with its marks.
+        self.text = ""
+        self._state = START
+        # Text that may still turn out to be a mark.
+        self._pending = ""
+        self._texts = {THOUGHT: "", ANSWER: ""}
+        # No text has come since the last mark.
+        self._part_is_empty = True
+        # The reply itself has not opened the thought that it is in: it may be an answer.
+        self.is_unclosed = False
+        self._is_finished = False
+        for _ in self.feed(prefilled):
+            pass
+        # What the prompt holds is not part of the message.
+        self._texts = {THOUGHT: "", ANSWER: ""}
+        self.is_unclosed = self._state == THOUGHT
+
+    @property
+    def state(self) -> str:
+        """Where the reply is. A mark that begins the answer is no part of it."""
+        return BETWEEN if self._state == ANSWER and self._part_is_empty else self._state
 
     def feed(self, text: str) -> Iterator[Piece]:
-        """Yield what is certain of all the text so far."""
-        self.text, self._held = self.text + text, self._held + text
+        """Take more of the reply; yield what is certain to be thought or answer."""
+        self.text += text
+        self._pending += text
         while True:
-            found = (
-                (self._held.find(mark), mark)
-                for mark in self._marks[self.state]
-                if mark and mark in self._held
-            )
-            place, mark = min(found, default=(0, ""))
-            if not mark:
-                break
-            yield from self._take(place)
-            # After the words before it, it may be no mark any more.
-            if mark in (marks := self._marks[self.state]):
-                self._held = self._held[len(mark) :]
-                self.state, self._tail = marks[mark], self._format.tail
-        yield from self._take(self._certain())
-
-    def _certain(self) -> int:
-        """Return the length of the held text that is no mark: its end may be the beginning of one."""
-        held, marks, tail = (
-            self._held,
-            self._marks[self.state],
-            self._tail.strip() * (self.state == "answer"),
-        )
-        if tail:
-            # It ends the answer only if nothing comes after it. Blanks around belong to it.
-            held, marks = held.rstrip(), {tail: ""}
-        partial = max(
-            (n for mark in marks for n in range(1, len(mark) + 1) if held.endswith(mark[:n])),
-            default=0,
-        )
-        certain = held[: len(held) - partial]
-        return len(certain.rstrip() if tail or not certain.strip() else certain)
+            state = self._state
+            mark = self._find_mark()
+            yield from self._emit(mark.text_length)
+            if not mark.length:
+                return
+            # The text before the mark may have begun the answer, in which the mark is just text.
+            if self._state == state:
+                self._pending = self._pending[mark.length :]
+                self._state = mark.target
+                self._answer_may_end = True
+                self._part_is_empty = True
+                self.is_unclosed = False
 
     def finish(self) -> Iterator[Piece]:
-        """Yield what was held back, at the end of a reply, but for its last mark or the beginning of a token."""
-        rest, tail = self._held.strip(), self._tail
-        yield from self._take(
-            0 if rest.startswith("<|") or (rest and rest == tail.strip()) else len(self._held)
-        )
-        # Blanks before the end of a turn are the template's.
-        self.text, self._texts["answer"] = (
-            text.removesuffix(tail) for text in (self.text, self._texts["answer"])
-        )
+        """Yield the rest at the end of a complete reply, but not what is left of a mark."""
+        self._is_finished = True
+        parts = itertools.chain.from_iterable(map(split_mark, self._format[:4]))
+        left_of_marks = [part for part in parts if TOKEN_LIKE.fullmatch(part)]
+        if self._answer_end:
+            left_of_marks.append(self._format.answer_end.strip())
+        if not self._pending.strip().startswith(tuple(left_of_marks)):
+            yield from self._emit(len(self._pending))
+        if self._format.answer_end.isspace():
+            # The template writes these spaces itself.
+            self._texts[ANSWER] = self._texts[ANSWER].removesuffix(self._format.answer_end)
 
     def message(self) -> Message:
-        """Return the answer, and the thought if there is one, as a message has them."""
-        thought, answer = (
-            self._texts[kind].replace(TOKEN_BREAK, "") for kind in ("thought", "answer")
-        )
-        return {
-            "content": answer,
-            **({"reasoning_content": thought.strip()} if thought.strip() else {}),
-        }
+        """Return the answer, and the thought if there is one, as a message has them.
 
-    def _take(self, length: int) -> Iterator[Piece]:
-        text, self._held = self._held[:length], self._held[length:]
-        if self.state in (START, BETWEEN):
-            # Newlines around the marks belong to them.
-            text = text.lstrip("\n") if self._format.end else text
-            if not text.strip():
-                return
-            unmarked = self.state == START and self._format.end and not self._format.start
-            self.state = "thought" if unmarked else "answer"
-        if self.state == "thought" and text.strip():
-            # From here on it would be quoted.
-            self._marks["thought"].pop(self._format.start.strip(), None)
-        if text:
-            self._texts[self.state] += text
-            yield Piece(self.state, text)
+        A complete reply that never closes the thought which the prompt has opened is an answer.
+        """
+        thought = self._texts[THOUGHT].strip()
+        if self._is_finished and self.is_unclosed:
+            return {"content": thought}
+        message = {"content": self._texts[ANSWER]}
+        if thought:
+            message["reasoning_content"] = thought
+        return message
+
+    def _find_mark(self) -> FoundMark:
+        """Return the first mark in the pending text that counts in this state."""
+        shows_nothing = self._state in (START, BETWEEN)
+        if shows_nothing and not self._pending.strip():
+            return FoundMark(0)
+        for index in range(len(self._pending)):
+            mark = self._match_at(index)
+            if mark:
+                return mark
+            if shows_nothing and self._format.header_end:
+                return self._find_header()
+        return FoundMark(len(self._pending))
+
+    def _match_at(self, index: int) -> FoundMark | None:
+        """Return the mark that begins at an index of the pending text, or None if none can."""
+        text = self._pending[index:]
+        is_within_thought = self._pending[:index].strip() or not self._part_is_empty
+        may_become_mark = self._may_end_answer(text)
+        for parts, target in self._marks[self._state]:
+            if self._state == target == THOUGHT and is_within_thought:
+                # The mark that opens a thought is quoted here.
+                continue
+            length = match_mark(parts, text, further_words=bool(self._format.header_end))
+            if length:
+                return FoundMark(index, length, target)
+            if length is None:
+                may_become_mark = True
+        return FoundMark(index) if may_become_mark else None
+
+    def _find_header(self) -> FoundMark:
+        """Return the header that the pending text begins with, whatever its words are."""
+        end = self._format.header_end
+        header, is_complete, _ = self._pending.partition(end)
+        is_too_long = len(header) > MAX_FURTHER_CHARACTERS
+        if is_too_long or not self._may_begin_header(self._pending.strip()):
+            return FoundMark(len(self._pending))
+        if not is_complete:
+            return FoundMark(0)
+        is_thought = not self._thought_words.isdisjoint(mark_words(split_mark(header)))
+        return FoundMark(0, len(header + end), THOUGHT if is_thought else ANSWER)
+
+    def _may_begin_header(self, text: str) -> bool:
+        """Tell if a text begins like a header: with a mark's part, or a word such as `to=user`."""
+        for opening in self._header_openings:
+            if text.startswith(opening) or opening.startswith(text):
+                return True
+        return re.match(r"\w+(=|<|$)", text) is not None
+
+    def _may_end_answer(self, text: str) -> bool:
+        """Tell if a text is the mark that ends an answer, or its beginning, and nothing follows."""
+        if self._state != ANSWER or not self._answer_may_end or not self._answer_end:
+            return False
+        text = text.strip()
+        return match_mark(self._answer_end, text) in (None, len(text))
+
+    def _emit(self, length: int) -> Iterator[Piece]:
+        """Yield so much of the pending text as a piece."""
+        text = self._pending[:length]
+        self._pending = self._pending[length:]
+        if self._part_is_empty:
+            text = self._strip_spaces_of_template(text)
+        if self._state in (START, BETWEEN) and text.strip():
+            self._begin_part_without_mark()
+        if not text or self._state in (START, BETWEEN):
+            return
+        if self._state == ANSWER and self._part_is_empty and self._texts[ANSWER]:
+            # The answer has several parts, such as a remark in gpt-oss's commentary channel.
+            text = "\n\n" + text.lstrip("\n")
+        if text.strip():
+            self._part_is_empty = False
+        self._texts[self._state] += text
+        yield Piece(self._state, text)
+
+    def _begin_part_without_mark(self) -> None:
+        """Go on to a thought, if replies just begin with one, or else to the answer."""
+        if self._state == START and self._format.thought_end and not self._format.thought_start:
+            self._state = THOUGHT
+            self.is_unclosed = True
+        else:
+            self._state = ANSWER
+
+    def _strip_spaces_of_template(self, text: str) -> str:
+        """Return the beginning of a part without the spaces around the marks before it."""
+        if self._format.thought_end:
+            text = text.lstrip("\n")
+        if self._format.answer_start.isspace():
+            text = text.removeprefix(self._format.answer_start)
+        return text
+
+
+# The names of thoughts in fields, variables and marks, and the marks of an answer.
+THOUGHT_WORD = re.compile("think|thought|reason", re.IGNORECASE)
+TELLING_WORD = re.compile(f"{THOUGHT_WORD.pattern}|effort", re.IGNORECASE)
+ANSWER_MARK = re.compile(r"\W*(BEGIN.|START_)?(FINAL.)?(response|answer)\W*", re.IGNORECASE)
+# Where a variable is a number of tokens, these stand for words.
+BUDGETS = {0: "none", 512: "low", 4096: "medium", 16384: "high"}
+
+
+def values_to_try(template: ChatTemplate) -> dict[str, list[Any]]:
+    """Return the variables with telling names that a template reads, and values that it may know.
+
+    These are true and false, and the words that the template's code has beside the variable:
+
+        {%- if reasoning_effort not in ["none", "high"] %}
+    """
+    values: dict[str, list[Any]] = {}
+    for name in sorted(filter(TELLING_WORD.search, template.variables)):
+        values[name] = list(BUDGETS) if "budget" in name.lower() else [True, False]
+        values[name] += words_beside(name, template.tree)
+    return values
+
+
+def words_beside(name: str, tree: Any) -> list[str]:
+    """Return the words in quotes that a template's code has in one expression with a variable."""
+    if tree is None:
+        return []
+    from jinja2 import nodes
+
+    def names_in(node: Any) -> set[str]:
+        found = {inner.name for inner in node.find_all(nodes.Name)}
+        return found | {node.name} if isinstance(node, nodes.Name) else found
+
+    # A template may give the value to a variable of its own first.
+    names = {name}
+    for assignment in tree.find_all(nodes.Assign):
+        if names & names_in(assignment.node):
+            names |= names_in(assignment.target)
+    words: list[Any] = []
+    for node in tree.find_all((nodes.Compare, nodes.Assign, nodes.Getitem, nodes.Call)):
+        if names & names_in(node):
+            for constant in node.find_all(nodes.Const):
+                # Jinja makes one constant of a list of constants.
+                is_list = isinstance(constant.value, (list, tuple))
+                words += constant.value if is_list else [constant.value]
+    words = [word for word in words if isinstance(word, str) and re.fullmatch(r"[\w-]+", word)]
+    return list(dict.fromkeys(words))
+
+
+class TemplateProbe:
+    """Asks a template by rendering a made-up conversation: an earlier turn, a question, a reply."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+
+    @functools.cached_property
+    def settings(self) -> list[dict[str, Any]]:
+        """The ways in which to ask: as the template is, and with each variable for thoughts."""
+        settings: list[dict[str, Any]] = [{}]
+        for name, values in values_to_try(self.template).items():
+            settings += [{name: value} for value in values]
+        return settings
+
+    def prompt(self, variables: dict[str, Any]) -> str:
+        """Return what the template writes after the question for a reply to follow.
+
+        It is empty if the template refuses the conversation, here and in all other answers.
+        """
+        return self._after_question("", [], variables)
+
+    def reply(
+        self,
+        variables: dict[str, Any],
+        field: str = "",
+        thought: str = "",
+        answer: str = PROBE_ANSWER,
+        more: Sequence[Message] = (),
+    ) -> str:
+        """Return what the template writes after the question with a reply and more messages."""
+        reply = {"role": "assistant", **message_with_thought(field, thought, answer)}
+        return self._after_question(field, [reply, *more], variables)
+
+    def before_answer(self, variables: dict[str, Any], more: Sequence[Message] = ()) -> str:
+        """Return what the template writes between the question and an answer without a thought."""
+        before, answer, _ = self.reply(variables, more=more).partition(PROBE_ANSWER)
+        return before if answer else ""
+
+    def _after_question(
+        self, field: str, replies: Sequence[dict[str, Any]], variables: dict[str, Any]
+    ) -> str:
+        # Some templates treat the first reply unlike later ones.
+        messages = [
+            {"role": "user", "content": PROBE_EARLIER},
+            {"role": "assistant", **message_with_thought(field, "", PROBE_EARLIER)},
+            QUESTION,
+            *replies,
+        ]
+        with contextlib.suppress(ChatError):
+            text = self.template.render(messages, add_generation_prompt=not replies, **variables)
+            return text.partition(PROBE_QUESTION)[2]
+        return ""
+
+    @functools.cached_property
+    def instructions(self) -> str:
+        """The whole prompt that the template makes of the question alone."""
+        with contextlib.suppress(ChatError):
+            return self.template.render([QUESTION])
+        return ""
+
+    @functools.cached_property
+    def prompts(self) -> list[str]:
+        """What the template writes after the question, in each of the ways in which to ask."""
+        prompts = [self.prompt(variables) for variables in self.settings]
+        return list(dict.fromkeys(filter(None, prompts)))
+
+    @functools.cached_property
+    def answer_headers(self) -> list[str]:
+        """What the template writes before an answer without a thought, in each of the ways.
+
+        The answer is the last message, or another question follows.
+        """
+        headers = []
+        for variables in self.settings:
+            headers.append(self.before_answer(variables))
+            headers.append(self.before_answer(variables, more=[QUESTION]))
+        return list(dict.fromkeys(filter(None, headers)))
+
+
+def common_header(one: str, other: str) -> str:
+    """Return what two texts begin with, up to the end of a whole mark.
+
+    `<|open|>think<|sep|>` and `<|open|>response<|sep|>` have no mark in common, and neither do
+    `<|START_TEXT|>` and `<|START_THINKING|>`.
+    """
+    length = common_prefix(one, other)
+    for token in TOKEN_LIKE.finditer(one):
+        is_within_token = token.start() < length < token.end()
+        words = one[token.end() : length + 1]
+        is_within_words = token.end() <= length and re.fullmatch(r"[^\s<]*\w", words) is not None
+        if is_within_token or is_within_words:
+            return one[: token.start()]
+    return one[:length]
+
+
+class ThoughtDetector:
+    """Finds how a model marks its thoughts by rendering its template with made-up words.
+
+    It knows no model by name.
+    """
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._probe = TemplateProbe(template)
+        tokenizer = template.tokenizer
+        self._vocabulary_pair = ("", "")
+        if tokenizer.has_thinking:
+            self._vocabulary_pair = (str(tokenizer.think_start), str(tokenizer.think_end))
+        added = template.added_tokens.values()
+        # All in which the template and the vocabulary may name a mark.
+        self._text = " ".join([template.source, *added, *self._vocabulary_pair])
+
+    def detect(self) -> ThoughtFormat:
+        """Return the format. If the model doesn't think, it tells at most what begins an answer."""
+        if not THOUGHT_WORD.search(self._text):
+            return ThoughtFormat(answer_start=self._plain_answer_start())
+        found = self._from_message_field() or self._from_marks()
+        if not found.thought_end:
+            return ThoughtFormat(answer_start=self._plain_answer_start())
+        end = reply_end(self._probe, found)
+        return found._replace(answer_end=found.answer_end or end.answer_end)
+
+    def _plain_answer_start(self) -> str:
+        """Return what the template writes between a prompt and an answer: a space, or a mark.
+
+        It writes a space for `[/INST] Paris`, which a model then writes itself.
+        """
+        prompt = self._probe.prompt({})
+        header = self._probe.before_answer({})
+        start = header[len(prompt) :] if prompt and header.startswith(prompt) else ""
+        return start if start.isspace() or TOKEN_LIKE.search(start) else ""
+
+    def _from_message_field(self) -> ThoughtFormat | None:
+        r"""Find a field, or blocks of the content, that the template writes before the answer.
+
+        With the field `reasoning_content` the probe of Qwen3's template ends in
+
+            ...<|im_start|>assistant\n<think>\nthistledown\n</think>\n\nwalnutshell<|im_end|>
+            `------- header --------'` start '` thought '`---- end ---'` answer  '
+        """
+        words = set(re.findall(r"\w+", self._probe.template.source))
+        fields = sorted(filter(THOUGHT_WORD.search, words), key=lambda name: (-len(name), name))
+        fields += [field for field in BLOCKS if field.split()[0] in words]
+        for variables, field in itertools.product(self._probe.settings, fields):
+            text = self._probe.reply(variables, field, PROBE_THOUGHT)
+            before, thought, rest = text.partition(PROBE_THOUGHT)
+            end, answer, _ = rest.partition(PROBE_ANSWER)
+            # A template that knows no blocks may print them as a list of Python or JSON.
+            is_printed_list = "'type'" in before or '"type"' in before
+            if thought and answer and end.strip() and not is_printed_list:
+                header = self._header(before)
+                found = ThoughtFormat(before[len(header) :], end, thought_field=field)
+                return self._with_answer_start(found, [header])
+        return None
+
+    def _header(self, before: str) -> str:
+        r"""Return what stands before a reply, of what stands before its thought.
+
+        Where a prompt leaves to the model whether it thinks, it goes as far as the prompt:
+
+            ...<|im_start|>assistant\n<think>\n
+            ...<|im_start|>assistant\n
+
+        Otherwise it ends where the text parts from that before an answer without a thought:
+
+            ...<|im_start|>assistant\n<think>\n
+            ...<|im_start|>assistant\nwalnutshell
+
+        If neither helps, the last mark begins the thought.
+        """
+        prompts = [prompt for prompt in self._probe.prompts if before.startswith(prompt)]
+        prompts = [prompt for prompt in prompts if prompt.strip() != before.strip()]
+        if prompts:
+            return min(prompts, key=len)
+        if before.strip() in [header.strip() for header in self._probe.answer_headers]:
+            # No mark begins the thought.
+            return before
+        headers = [common_header(before, header) for header in self._probe.answer_headers]
+        headers = [h for h in headers if h.strip() and h.strip() != before.strip()]
+        if headers:
+            return max(headers, key=len)
+        starts = [token.start() for token in TOKEN_LIKE.finditer(before)]
+        return before[: starts[-1]] if starts else before
+
+    def _with_answer_start(self, found: ThoughtFormat, headers: Sequence[str]) -> ThoughtFormat:
+        r"""Return a format with the mark that begins an answer without a thought, if there is one.
+
+        One of the headers is what stands before a reply:
+
+            ...<|start|>assistant to=user<|message|>walnutshell
+            `------ header -----'`-- answer_start --'
+        """
+        for header, before in itertools.product(headers, self._probe.answer_headers):
+            start = before[len(header) :]
+            if before.startswith(header) and start and not any(m in start for m in found.marks):
+                end = found.thought_end.removesuffix(start)
+                return found._replace(
+                    thought_end=end if end.strip() else found.thought_end, answer_start=start
+                )
+        return found
+
+    def _from_marks(self) -> ThoughtFormat:
+        """Look for marks with telling names, above all for those that count in a content."""
+        formats = [self._with_spaces(start, end) for start, end in self._pairs()]
+        for format in formats:
+            if self._template_takes_in_content(format):
+                found = format._replace(thought_field="content")
+                return self._with_answer_start(found, self._probe.prompts)
+        answer_start, answer_end = self._answer_marks()
+        told = self._probe.instructions
+        tells_of_thoughts = any(format.thought_start.strip() in told for format in formats)
+        if answer_start and answer_start in told and not tells_of_thoughts:
+            # Apriel is told to reason, and then to write [BEGIN FINAL RESPONSE].
+            return ThoughtFormat("", answer_start, "", answer_end)
+        if not formats:
+            return ThoughtFormat()
+        found = self._with_answer_start(formats[0], self._probe.prompts)
+        return found._replace(
+            answer_start=found.answer_start or answer_start, answer_end=answer_end
+        )
+
+    @functools.cached_property
+    def _known_marks(self) -> list[str]:
+        """All that looks like a mark in prompts, template and vocabulary."""
+        texts = [*self._probe.prompts, self._probe.instructions, self._text]
+        return list(dict.fromkeys(TOKEN_LIKE.findall(" ".join(texts))))
+
+    def _answer_marks(self) -> tuple[str, str]:
+        """Return marks around an answer by their names, such as `<response>` and `</response>`."""
+        for start in filter(ANSWER_MARK.fullmatch, self._known_marks):
+            ends = [mark for mark in self._known_marks if mark in possible_end_marks(start)]
+            return start, ends[0] if ends else ""
+        return "", ""
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        r"""Return the pairs of marks that may stand around a thought, the likeliest first.
+
+        A prompt may end in a thought that is closed already: `<|channel>thought\n<channel|>`.
+        """
+        pairs = []
+        for prompt in self._probe.prompts:
+            closed = re.search(rf"(({TOKEN_LIKE.pattern})\w*)\s*({TOKEN_LIKE.pattern})\s*$", prompt)
+            if closed and closed[3] in possible_end_marks(closed[2]):
+                pairs.append((closed[1], closed[3]))
+            opened = re.search(rf"({TOKEN_LIKE.pattern})\s*$", prompt)
+            if opened and not any(m in possible_end_marks(opened[1]) for m in self._known_marks):
+                # Nothing names the mark that closes the thought.
+                pairs.append((opened[1], opened[1][0] + "/" + opened[1][1:]))
+        for mark in self._known_marks:
+            starts = [start for start in self._known_marks if mark in possible_end_marks(start)]
+            if not starts and mark[1] == "/":
+                starts = [mark.replace("/", "", 1)]
+            pairs += [(start, mark) for start in starts[:1]]
+        if self._vocabulary_pair[0]:
+            pairs.append(self._vocabulary_pair)
+        return [pair for pair in dict.fromkeys(pairs) if THOUGHT_WORD.search(pair[0])]
+
+    def _template_takes_in_content(self, format: ThoughtFormat) -> bool:
+        """Tell if the template knows of thoughts in the content of a reply.
+
+        It cuts them off an earlier reply. Or it repeats a reply just as the model writes it after a
+        prompt, and can end a prompt with a thought that is closed.
+        """
+        content = format.thought_start + PROBE_THOUGHT + format.thought_end + PROBE_ANSWER
+        more = [QUESTION, {"role": "assistant", "content": PROBE_EARLIER}, QUESTION]
+        text = self._probe.reply({}, answer=content, more=more)
+        if PROBE_ANSWER in text and PROBE_THOUGHT not in text:
+            return True
+        prompts = self._probe.prompts
+        closes_thoughts = any(format.thought_end.strip() in prompt for prompt in prompts)
+        return closes_thoughts and any(text.startswith(prompt + content) for prompt in prompts)
+
+    def _with_spaces(self, start: str, end: str) -> ThoughtFormat:
+        r"""Return a pair of marks with the spaces that belong to them.
+
+        Prompts may tell that, by how they end:
+
+            ...assistant\n<think>\n
+            ...assistant\n<think>\n\n</think>\n\n
+
+        Where no prompt tells, most models write them so.
+        """
+        prompts = self._probe.prompts
+        if not any(prompt.endswith(f"{start}\n") for prompt in prompts):
+            for prompt in prompts:
+                closed = re.search(rf"(?:{re.escape(start)}(\s*))?{re.escape(end)}(\s*)$", prompt)
+                if closed:
+                    spaces = closed[1] or ""
+                    half = len(spaces) // 2
+                    return ThoughtFormat(start + spaces[half:], spaces[:half] + end + closed[2])
+            if not end.startswith("</") or any(prompt.endswith(start) for prompt in prompts):
+                return ThoughtFormat(start, end)
+        return ThoughtFormat(start + "\n", "\n" + end + "\n\n")
+
+
+def possible_end_marks(mark: str) -> set[str]:
+    """Return the marks that may close what a mark opens: `</think>`, `<|/think|>`, `<channel|>`."""
+    marks = {mark[0] + "/" + mark[1:], mark.replace("<|", "<|/")}
+    marks.add(re.sub(r"^<\|(.*[^|])>$", r"<\1|>", mark))
+    for start, end in (("START", "END"), ("BEGIN", "END"), ("OPEN", "CLOSE"), ("PREFIX", "SUFFIX")):
+        marks |= {mark.replace(start, end), mark.replace(start.lower(), end.lower())}
+    return marks - {mark}
+
+
+def detect_thoughts(template: ChatTemplate) -> ThoughtFormat:
+    """Return how a model marks its thoughts, by its template alone."""
+    return ThoughtDetector(template).detect()
+
+
+class ReplyEnd(NamedTuple):
+    """What a template writes after an answer: marks, and the special token that ends the turn."""
+
+    answer_end: str = ""
+    token: str = ""
+
+
+def reply_end(probe: TemplateProbe, format: ThoughtFormat) -> ReplyEnd:
+    """Return what the template writes after an answer, up to a token that no part of a reply has.
+
+    Of Kimi K3's template this is
+
+        walnutshell<|close|>response<|sep|><|close|>message<|sep|><|end_of_msg|>
+        ` answer  '`------------------ answer_end ---------------'`-- token ---'
+    """
+    marks = [part for mark in format[:3] for part in split_mark(mark)]
+    added = sorted(probe.template.added_tokens.values(), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, added)) or "(?!)")
+    for more in ([], [QUESTION]):
+        text = probe.reply({}, more=more)
+        after = text.partition(PROBE_ANSWER)[2].partition(PROBE_QUESTION)[0]
+        if not pattern.match(after.lstrip()):
+            continue
+        for token in pattern.finditer(after):
+            if token[0] not in marks:
+                return ReplyEnd(after[: token.start()], token[0])
+        if not more and not pattern.sub("", after).strip():
+            return ReplyEnd(after)
+    return ReplyEnd()
+
+
+def end_of_turn_ids(template: ChatTemplate, format: ThoughtFormat) -> set[int]:
+    """Return the tokens that end a reply: those named so, and what the template writes after it."""
+    token = reply_end(TemplateProbe(template), format).token
+    ids = {number for number, text in template.added_tokens.items() if text == token}
+    return template.eos_token_ids | ids
+
+
+def prefilled_reply(
+    template: ChatTemplate, format: ThoughtFormat, ending: str, **variables: Any
+) -> str:
+    r"""Return the beginning of the reply that a prompt holds, by what ends the prompt.
+
+    The template tells how it writes an answer without a thought, and one with a thought. A prompt
+    that both may go on from holds nothing, unless it ends in the mark that opens the thought:
+
+        ...<|im_start|>assistant\n
+        ...<|im_start|>assistant\n<think>\n\n</think>\n\nwalnutshell
+        ...<|im_start|>assistant\n<think>\nthistledown
+
+    In any other prompt the first mark begins the reply.
+    """
+    if not format.marks:
+        return ""
+    probe = TemplateProbe(template)
+    text = probe.reply(variables, format.thought_field, PROBE_THOUGHT)
+    before_thought, thought, _ = text.partition(PROBE_THOUGHT)
+    if thought and before_thought.strip() == ending.strip():
+        return format.thought_start
+    headers = [before_thought, probe.before_answer(variables)]
+    if thought and all(header.strip().startswith(ending.strip()) for header in headers):
+        return ""
+    marks = [format.thought_start.strip(), format.answer_start.strip()]
+    if len(split_marks(format.thought_end)) == 1:
+        # What ends a message, and begins another one, may stand after the user's message too.
+        marks.append(format.thought_end.strip())
+    indices = [ending.find(mark) for mark in marks if mark and mark in ending]
+    return ending[min(indices) :] if indices else ""
+
+
+# Words for how much to think, from nothing to the most. Templates choose among them.
+DEGREES = {
+    **dict.fromkeys(("none", "off", "no", "disabled", "no_think", "nothink", "false"), 0),
+    **dict.fromkeys(("minimal", "minimum", "min"), 1),
+    "low": 2,
+    **dict.fromkeys(("medium", "moderate", "normal"), 3),
+    "high": 4,
+    **dict.fromkeys(("xhigh", "very_high", "extra_high"), 5),
+    **dict.fromkeys(("max", "maximum"), 6),
+}
+# A variable with such a word in its name turns off what others turn on.
+NEGATION = re.compile(r"(^|_)(no|not|disable|skip|hide|without)(_|$)", re.IGNORECASE)
+
+
+def degree_of(name: str, value: Any) -> int | None:
+    """Return how much to think a value of a variable says, by `DEGREES`, or None."""
+    if isinstance(value, str):
+        return DEGREES.get(value.lower())
+    if not isinstance(value, bool):
+        return DEGREES[BUDGETS[value]]
+    # A variable may be a degree by itself, as `low_effort` is.
+    degrees = [DEGREES[word] for word in name.lower().split("_") if DEGREES.get(word)]
+    return degrees[0] if value and degrees else None
+
+
+class Choice(NamedTuple):
+    """Variables for a template, and what they do to a prompt."""
+
+    variables: dict[str, Any]
+    # With 0 for each digit, as a template may write the time.
+    prompt: str
+    # Where a reply to the prompt starts: the state of a splitter.
+    state: str
+    # How much there is to think by `DEGREES`, if the variables say so.
+    degree: int | None = None
+
+    @property
+    def thinks(self) -> bool:
+        """The prompt opens a thought, or leaves to the model whether it thinks."""
+        return self.state in (START, THOUGHT)
+
+
+def nearest_choice(choices: Iterable[Choice], degree: int) -> Choice:
+    """Return the choice of the nearest degree, and of two that are as near the higher one."""
+
+    def distance(choice: Choice) -> tuple[int, int]:
+        own = DEGREES["medium"] if choice.degree is None else choice.degree
+        return abs(own - degree), -own
+
+    return min(choices, key=distance)
+
+
+class ThinkingOptions:
+    """The ways to think that a template can be asked for, found by rendering a prompt in each.
+
+    A value that the template refuses, or that changes nothing in the prompt, is none.
+    """
+
+    def __init__(self, template: ChatTemplate, format: ThoughtFormat) -> None:
+        self._template = template
+        self._format = format
+        # The variables that turn thinking on, and off; None if it can't be turned off.
+        self._on: dict[str, Any] = {}
+        self._off: dict[str, Any] | None = None
+        # For each variable that says how much to think, its choices.
+        self._degrees: dict[str, list[Choice]] = {}
+        # What the template does by itself.
+        self._default = self._choice({})
+        if self._default:
+            values = values_to_try(template)
+            choices = {name: self._choices(name, values[name]) for name in values}
+            for name in values:
+                self._find_switch(self._default, choices[name])
+            for name in values:
+                self._find_degrees(name, values[name])
+            for name in values:
+                self._find_silent_switch(self._default, name, choices[name])
+
+    def variables(self, think: bool | str | None) -> dict[str, Any]:
+        """Return the variables that ask to think, not to, or how much; None asks for nothing."""
+        if think is None:
+            return {}
+        if think is True:
+            return self._on
+        if think is False and self._off is not None:
+            return self._off
+        variables = dict(self._on)
+        for name, choices in self._degrees.items():
+            variables.pop(name, None)
+            variables.update(nearest_choice(choices, DEGREES[think or "none"]).variables)
+        return variables
+
+    def note(self, think: bool | str | None) -> str:
+        """Return a sentence on what the template can't be asked for, or nothing."""
+        name = self._template.name
+        thinks_by_itself = self._default is not None and self._default.thinks
+        if think is None:
+            return ""
+        if not self._format.thought_end and not self._degrees and self._off is None:
+            return f"{name} is no reasoning model: there is nothing to think, or not."
+        if think is False and self._off is None:
+            little = "; it is asked for little" if self._degrees else ""
+            return f"{name} can't be told not to think{little}."
+        if think and not self._on and not thinks_by_itself:
+            return f"{name} can't be told to think."
+        if isinstance(think, str) and not self._degrees:
+            return f"{name} can't be told how much to think."
+        return ""
+
+    def _choice(self, variables: dict[str, Any], degree: int | None = None) -> Choice | None:
+        """Return what variables do to a prompt, or None if the template refuses them."""
+        with contextlib.suppress(ChatError):
+            asked = {**self._on, **variables}
+            prompt = self._template.render([QUESTION], **asked)
+            ending = prompt.partition(PROBE_QUESTION)[2]
+            prefilled = prefilled_reply(self._template, self._format, ending, **asked)
+            state = ThoughtSplitter(self._format, prefilled).state
+            return Choice(variables, re.sub(r"\d", "0", prompt), state, degree)
+        return None
+
+    def _choices(self, name: str, values: Iterable[Any]) -> list[Choice]:
+        """Return the values of a variable that the template doesn't refuse."""
+        choices = [self._choice({name: value}, degree_of(name, value)) for value in values]
+        return [choice for choice in choices if choice]
+
+    def _find_switch(self, default: Choice, choices: Sequence[Choice]) -> None:
+        r"""Find the values of a variable for on and off, as the ends of prompts show.
+
+        With `enable_thinking` true and false the prompt of Qwen3's template ends in
+
+            ...<|im_start|>assistant\n
+            ...<|im_start|>assistant\n<think>\n\n</think>\n\n
+        """
+        on = [choice for choice in choices if choice.thinks]
+        off = [choice for choice in choices if not choice.thinks]
+        if not (off if default.thinks else on):
+            return
+        self._off = self._off or {}
+        if off:
+            self._off.update(nearest_choice(off, DEGREES["none"]).variables)
+        opened = [choice for choice in on if choice.state == THOUGHT]
+        if not default.thinks or (opened and default.state == START):
+            self._on.update(nearest_choice(opened or on, DEGREES["medium"]).variables)
+
+    def _find_degrees(self, name: str, values: Sequence[Any]) -> None:
+        """Find the values of a variable that say how much to think, where thinking is on."""
+        ranked = self._choices(name, values) + self._usual_choices(name, values)
+        ranked = [choice for choice in ranked if choice.degree is not None]
+        choices = [choice for choice in ranked if choice.degree and choice.thinks]
+        if not choices:
+            return
+        prompts = {choice.prompt for choice in ranked}
+        default = None if name in self._on else self._choice({})
+        if default and default.thinks and default.prompt not in prompts:
+            prompts.add(default.prompt)
+            # Without a value it thinks much, if the values say less, and otherwise some.
+            most = max(choice.degree or 0 for choice in choices)
+            has_only_little = most <= DEGREES["medium"]
+            degree = DEGREES["high" if has_only_little else "medium"]
+            choices.append(default._replace(degree=degree))
+        if len(prompts) == 1:
+            return
+        self._degrees[name] = choices
+        none = [choice for choice in ranked if choice.degree == 0 and choice.thinks]
+        if none and self._off is None:
+            # The end of the prompt doesn't show that this turns thinking off, but the word says so.
+            self._off = none[0].variables
+            if default and default.prompt == none[0].prompt:
+                self._on.update(nearest_choice(choices, DEGREES["medium"]).variables)
+
+    def _usual_choices(self, name: str, values: Sequence[Any]) -> list[Choice]:
+        """Return the usual words that a template knows for a variable without naming them beside it.
+
+        It does something else with them than with a made-up word, or it writes any word as it is.
+        """
+        made_up = self._choice({name: PROBE_ANSWER})
+        words = [word for word in ("low", "medium", "high") if word not in values]
+        choices = self._choices(name, words)
+        if made_up is None or PROBE_ANSWER in made_up.prompt.lower():
+            return choices
+        return [choice for choice in choices if choice.prompt != made_up.prompt]
+
+    def _find_silent_switch(self, default: Choice, name: str, choices: Sequence[Choice]) -> None:
+        """Find a variable that turns thinking on and off by other instructions alone."""
+        by_value = {choice.variables[name]: choice for choice in choices}
+        if self._off is not None or not {True, False} <= set(by_value):
+            return
+        if name in self._degrees or degree_of(name, True):
+            return
+        is_negated = NEGATION.search(name) is not None
+        on = by_value[not is_negated]
+        off = by_value[is_negated]
+        if on.prompt != off.prompt:
+            self._off = off.variables
+            if default.prompt != on.prompt:
+                self._on.update(on.variables)
 
 
 # ---------------------------------------------------------------------------------- Conversation
@@ -3351,9 +4318,9 @@ class Statistics:
         self.total_s = time.perf_counter() - self.started_s
         if self.generation_tokens == 1:
             self.time_to_first_token_s = self.total_s
-        if state == "thought":
+        if state == THOUGHT:
             self.thought_tokens += 1
-        elif state == "answer":
+        elif state == ANSWER:
             self.answer_tokens += 1
 
     @property
@@ -3398,8 +4365,9 @@ class FittedPrompt(NamedTuple):
 
     # The index of the first message in it: those before are left out.
     first_sent: int
-    text: str
     tokens: list[int]
+    # What the template writes after the last message.
+    ending: str
 
 
 class PreparedPrompt(NamedTuple):
@@ -3454,11 +4422,20 @@ class Inference:
     @functools.cached_property
     def thought_format(self) -> ThoughtFormat:
         """How the model marks its thoughts, which its template is asked for once."""
-        return detect_thoughts(self._model.template)
+        template = self._model.template
+        found = detect_thoughts(template)
+        # What the template writes after an answer ends a reply too.
+        template.tokenizer.eos_token_ids = end_of_turn_ids(template, found)
+        return found
 
     @functools.cached_property
-    def _end_of_thought_tokens(self) -> list[int]:
-        return self._model.template.encode(self.thought_format.end_of_thought)
+    def _thinking_options(self) -> ThinkingOptions:
+        return ThinkingOptions(self._model.template, self.thought_format)
+
+    def _think_variables(self) -> dict[str, Any]:
+        """Return the variables that ask the template for the way to think that is set."""
+        think = self._settings.think
+        return {} if think is None else self._thinking_options.variables(think)
 
     @functools.cached_property
     def limit(self) -> Limit:
@@ -3483,7 +4460,7 @@ class Inference:
         if self.is_warm.is_set():
             return
         try:
-            self._render([{"role": "user", "content": MADE_UP_PROMPTS[0]}])
+            self._model.template.check()
             self._note_limits()
         finally:
             self.is_warm.set()
@@ -3499,7 +4476,8 @@ class Inference:
 
     def thinking_note(self) -> str:
         """Return a sentence on what the template can't do of the way to think, or nothing."""
-        return thinking_note(self._model.template, self.thought_format, self._settings.think)
+        think = self._settings.think
+        return "" if think is None else self._thinking_options.note(think)
 
     def count_tokens(self, text: str) -> int:
         """Return the size of a text. Raises `ChatError`."""
@@ -3526,23 +4504,17 @@ class Inference:
 
     # The prompt
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        template = self._model.template
-        # First of all, because the template escapes the marks that this finds.
-        thought_format = self.thought_format
-        sent = []
-        for message in with_system_prompt(self._settings.system, messages):
-            safe = dict(message)
-            for key in ("content", "reasoning_content"):
-                if message.get(key):
-                    safe[key] = template.escape_special_tokens(message[key])
-            sent.append(thought_format.to_template_message(safe))
-        variables = think_variables(template, self._settings.think)
-        return template.render(sent, add_generation_prompt, **variables)
+    def _rendered(self, messages: Sequence[Message]) -> Rendered:
+        """Return what the model is fed of messages. Raises `ChatError`."""
+        return self._model.template.fed(
+            with_system_prompt(self._settings.system, messages),
+            self.thought_format.to_template_message,
+            **self._think_variables(),
+        )
 
     def _prompt(self, messages: Sequence[Message], first_sent: int) -> FittedPrompt:
-        text = self._render(messages[first_sent:])
-        return FittedPrompt(first_sent, text, self._model.template.encode(text))
+        rendered = self._rendered(messages[first_sent:])
+        return FittedPrompt(first_sent, rendered.tokens, rendered.ending)
 
     def _fit(self, messages: Sequence[Message], first_sent: int) -> FittedPrompt:
         """Return the prompt that the messages from `first_sent` on make.
@@ -3600,8 +4572,8 @@ class Inference:
         a thought that this one has opened.
         """
         next_prompt = {"role": "user", "content": MADE_UP_PROMPTS[0]}
-        next_text = self._render([*messages, MADE_UP_REPLY, next_prompt])
-        return common_prefix(tokens, self._model.template.encode(next_text))
+        rendered = self._rendered([*messages, MADE_UP_REPLY, next_prompt])
+        return common_prefix(tokens, rendered.tokens)
 
     def _load_state(self, tokens: list[int]) -> None:
         state_file = self._state_file
@@ -3635,14 +4607,16 @@ class Inference:
             if len(tokens) > LONG_PROMPT_TOKENS:
                 progress = f"{done:,} of {len(tokens):,} tokens"
             yield Piece("prefill", progress)
-        prefilled = self._prefilled_reply(prompt.text, sent)
+        prefilled = prefilled_reply(
+            self._model.template, self.thought_format, prompt.ending, **self._think_variables()
+        )
         yield PreparedPrompt(
             prompt.first_sent,
             tokens,
             cached_tokens,
             prefilled,
             self.thought_format,
-            len(self._end_of_thought_tokens),
+            self.count_tokens(self.thought_format.end_of_thought),
             self.limit,
         )
 
@@ -3651,18 +4625,6 @@ class Inference:
         if turns == 1:
             subject = "The first turn no longer fits"
         return Piece("notice", f"{subject} {self.limit.description}: left out from here on.")
-
-    def _prefilled_reply(self, text: str, messages: Sequence[Message]) -> str:
-        """Return the part of the reply that a prompt already holds: an opened or closed thought."""
-        marks = self.thought_format.marks
-        if not marks:
-            return ""
-        without_reply = self._render(messages, add_generation_prompt=False)
-        header = text[common_prefix(text, without_reply) :]
-        for mark in marks:
-            if mark in header:
-                return header[header.rfind(mark) :]
-        return ""
 
     def read_ahead(
         self,
@@ -3733,9 +4695,10 @@ class Inference:
         processors = make_logits_processors(repetition_penalty=penalty)
         return self._cache.stream(tokenizer, tokens, sampler=sampler, logits_processors=processors)
 
-    def generate_answer(self) -> Generator[Token, None, None]:
-        """End the thought that was being generated as the model would, and yield the answer."""
-        tokens = self._cache.tokens + self._end_of_thought_tokens
+    def generate_answer(self, thought: str) -> Generator[Token, None, None]:
+        """End this thought, which was being generated, as the model would; yield the answer."""
+        end_of_thought = self.thought_format.end_of_thought
+        tokens = self._cache.tokens + self._model.template.encode_after(thought, end_of_thought)
         for _ in self._cache.prefill(tokens, 0):
             pass
         yield from self.generate(tokens)
@@ -3939,7 +4902,7 @@ class Conversation:
         self.statistics = Statistics(limit.tokens, used_tokens, used_tokens)
         if end_thought:
             yield from self._take_computed_token(generation)
-            if generation.splitter.state != "thought":
+            if generation.splitter.state != THOUGHT:
                 raise ChatError("There is no thought to end: /continue goes on with the answer.")
         needed_tokens = generation.prompt.end_of_thought_tokens if end_thought else 0
         if limit.tokens and used_tokens + needed_tokens >= limit.tokens:
@@ -4038,9 +5001,11 @@ class Conversation:
             if token.finish_reason:
                 statistics.finish_reason = token.finish_reason
                 yield from splitter.finish()
+                if splitter.is_unclosed:
+                    yield Piece("unclosed", splitter.message()["content"])
                 continue
             thought_is_full = (
-                splitter.state == "thought"
+                splitter.state == THOUGHT
                 and statistics.thought_tokens == settings.max_thought_tokens
             )
             needed_tokens = end_of_thought_tokens if thought_is_full else 0
@@ -4082,11 +5047,14 @@ class Conversation:
     def _end_thought(self, generation: Generation) -> None:
         """End the thought as the model would have: feed it the mark, and go on with the answer."""
         generation.tokens.close()
+        thought = generation.splitter.text
         for _ in generation.splitter.feed(generation.prompt.thought_format.end_of_thought):
             pass
         generation.used_tokens += generation.prompt.end_of_thought_tokens
         self.statistics.prompt_tokens += generation.prompt.end_of_thought_tokens
-        generation.tokens = self._inference.each(lambda inference: inference.generate_answer())
+        generation.tokens = self._inference.each(
+            lambda inference: inference.generate_answer(thought)
+        )
 
     def _store_reply(self, generation: Generation, finish_reason: str) -> None:
         message = {"role": "assistant", **generation.splitter.message()}
@@ -5203,6 +6171,9 @@ class ReplyView:
             self._hide(text)
         elif piece.kind in ("thought", "answer"):
             self._show_text(Section(piece.kind), text)
+        elif piece.kind == "unclosed" and self._hides_thoughts:
+            # What was hidden as a thought may be the answer.
+            self._show_text(Section.ANSWER, text)
 
     def end(self) -> None:
         """Finish the last line of the reply."""
