@@ -4880,7 +4880,8 @@ def test_an_engine_that_fails_on_one_host_ends_all(demo, chat, home) -> None:
 
 # ------------------------------------------------------------------------------------- The README
 
-README_COMMANDS = re.findall(r"^    (llmchat .*?)  ", (HERE / "README.md").read_text(), re.MULTILINE)
+README_USE = (HERE / "README.md").read_text().partition("## Use\n")[2].partition("\n## ")[0]
+README_COMMANDS = re.findall(r"^    (llmchat .*?)  ", README_USE, re.MULTILINE)
 
 
 def test_the_commands_of_the_readme_run(demo, terminal, home) -> None:
