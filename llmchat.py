@@ -3640,7 +3640,7 @@ class LineEditor:
         readline.set_auto_history(False)
         with self._warned_of_history():
             for prompt in self._history.load() if self._history else []:
-                readline.add_history(self._editor_text(prompt))
+                self._add_history(prompt)
         self._set_completer(complete)
         if self._libedit:
             enlarge_libedit_buffers(readline)
@@ -3698,7 +3698,14 @@ class LineEditor:
         # A command with a block that was pasted is to be a command when it comes back.
         if prompt.is_typed_line and "\n" in line:
             line = self._shortened(line)
-        self._readline.add_history(self._editor_text(line))
+        self._add_history(line)
+
+    def _add_history(self, text: str) -> None:
+        """Have Up bring back a text, unless it is what Up brings back first already."""
+        readline = self._readline
+        line = self._editor_text(text)
+        if line and line != readline.get_history_item(readline.get_current_history_length()):
+            readline.add_history(line)
 
     def _set_completer(self, complete: Callable[[str], Iterable[str]]) -> None:
         readline = self._readline
@@ -3841,7 +3848,7 @@ class LineEditor:
         # What was typed ahead is a prompt of its own.
         if not self._is_tall(text) and not self._proxy.has_typed_ahead():
             return text
-        self._readline.add_history(self._editor_text(text))
+        self._add_history(text)
         self._screen.notice("Press Up to edit the prompt.")
         return ""
 
@@ -3872,7 +3879,15 @@ class LineEditor:
     def _read_line(self, prompt: str, text: str = "") -> Prompt:
         """Read one line. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
         if self.interactive:
-            return self._parse_line(self._edit_line(prompt, text))
+            line = self._edit_line(prompt, text)
+            while placeholder := self._changed_placeholder(line):
+                self._add_history(placeholder)
+                self._screen.notice(
+                    f"{placeholder} stands for a text and was changed, so nothing is sent."
+                    " Up brings it back, and /edit before it opens the text."
+                )
+                line = self._edit_line(prompt, "")
+            return self._parse_line(line)
         if self._stdin.isatty() and not self._screen.interactive:
             line = self._read_while_output_is_piped(prompt)
         else:
@@ -3938,6 +3953,14 @@ class LineEditor:
         is_typed_line = not begins_pasted and not has_typed_newline
         return Prompt(self._without_placeholders(line), is_typed_line)
 
+    def _changed_placeholder(self, line: str) -> str:
+        """Return the placeholder that a line holds a part of, if there is one."""
+        for placeholder in self._placeholders.values():
+            beginning = placeholder[:10]
+            if line.count(beginning) > line.count(placeholder):
+                return placeholder
+        return ""
+
     def _without_placeholders(self, line: str) -> str:
         """Return the text that a line of the editor stands for."""
         if self._libedit:
@@ -3955,7 +3978,7 @@ class LineEditor:
         lines = [*lines, line.text if line.is_typed_line else typed_form(line.text)]
         self._dropped = "\n".join(lines).strip("\n")
         if self._readline and self._dropped:
-            self._readline.add_history(self._editor_text(self._dropped))
+            self._add_history(self._dropped)
 
     @contextlib.contextmanager
     def _warned_of_history(self) -> Iterator[None]:

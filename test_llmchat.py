@@ -2144,12 +2144,12 @@ while True:
         screen.write(f"{escapes}\\n")
         screen.reply_ended_s = time.monotonic()
         continue
-    screen.write(f"{prompt}\\n")
+    screen.write(f"{prompt!a}\\n")
     editor.add_to_history(prompt)
 editor.close()
 """
-TYPED = "Prompt(text={!r}, is_typed_line=True)\n".format
-NOT_TYPED = "Prompt(text={!r}, is_typed_line=False)\n".format
+TYPED = "Prompt(text={!a}, is_typed_line=True)\n".format
+NOT_TYPED = "Prompt(text={!a}, is_typed_line=False)\n".format
 
 
 @pytest.fixture(params=["readline", pytest.param("libedit", marks=needs_libedit)])
@@ -2307,6 +2307,16 @@ def test_a_paste_taller_than_the_window_is_a_placeholder(rows, columns, reader, 
     assert read(screen, UP) == NOT_TYPED(block)
 
 
+def test_a_placeholder_that_was_changed_is_not_sent(reader) -> None:
+    screen = reader()
+    block = "\n".join(["Some words."] * 30)
+    screen.send(MARKED(block.replace("\n", "\r")), "359 characters]")
+    screen.send("\x7f")
+    screen.send("\r", "359 characters] stands for a text and was changed*\nprompt -> ")
+    assert read(screen, UP) == NOT_TYPED(block)
+    assert read(screen, "a[1: x]") == TYPED("a[1: x]")
+
+
 def test_a_long_line_that_is_typed_arrives_whole(reader) -> None:
     screen = reader()
     # Libedit by itself would corrupt its memory in a line of more than 1,019 bytes.
@@ -2314,7 +2324,7 @@ def test_a_long_line_that_is_typed_arrives_whole(reader) -> None:
         words = [f"日本{number} " for number in range(450)]
         keys = ["".join(words[start : start + 15]) for start in range(0, 450, 15)]
         text = (command + "".join(words)).strip()
-        assert read(screen, command, *keys).startswith(f"Prompt(text={text!r}")
+        assert read(screen, command, *keys).startswith(f"Prompt(text={text!a}")
 
 
 @pytest.fixture(params=["marked pastes", "bursts", pytest.param("libedit", marks=needs_libedit)])
