@@ -6234,8 +6234,10 @@ BURST_S = 0.03
 SPLIT_KEY_S = 0.5
 SPLIT_PASTE_S = 1.0
 
-# An Esc is the first half of the next key (Esc b is Alt+b) if that key comes within this time.
+# An Esc that was typed by itself is the first half of a key with Alt if the other half comes within
+# this time, and is one of these: Enter, the keys of words, or the rest of a sequence.
 ESCAPE_S = 1.0
+AFTER_ESCAPE = b"\r\nbfd\x7f[O"
 
 # An Esc that is pressed this soon after a reply has ended was meant to stop the reply.
 LATE_ESCAPE_S = 1.0
@@ -6256,8 +6258,7 @@ PASTE_MODE_OFF = b"\x1b[?2004l"
 PASTE_START = b"\x1b[200~"
 PASTE_END = b"\x1b[201~"
 
-# A longer run of text than this was pasted, not typed. Libedit writes past its buffer in a line of
-# about 4,500 characters.
+# A longer run of bytes than this was pasted, not typed.
 MAX_TYPED_RUN = 500
 LONG_RUN = re.compile(rb"(?:\x1b[\r\n]|[^\x00-\x08\x0a-\x1a\x7f]){%d,}" % (MAX_TYPED_RUN + 1))
 
@@ -6312,7 +6313,8 @@ class Key(enum.Enum):
     WORD_RIGHT = (b"\x1b[1;5C", "forward-word", "em-next-word")
     WORD_LEFT = (b"\x1b[1;5D", "backward-word", "ed-prev-word")
     DELETE_WORD = (b"\x1b[3;5~", "kill-word", "em-delete-next-word")
-    # A key that no keyboard has: it makes the line editor redraw its line.
+    # Two keys that no keyboard has.
+    KILL_LINE = (b"\x1b[98~", "kill-whole-line", "em-kill-line")
     REDRAW = (b"\x1b[99~", "redraw-current-line", "ed-redisplay")
 
     def __init__(self, sequence: bytes, readline_function: str, libedit_function: str) -> None:
@@ -6481,6 +6483,8 @@ class KeyQueue:
 
     def __init__(self) -> None:
         self._arrived = b""
+        # An Esc by itself is all that has arrived, and may still be the first half of a key.
+        self._holds_escape = False
         self._items: collections.deque[bytes | str] = collections.deque()
 
     def has_items(self) -> bool:
@@ -6493,15 +6497,17 @@ class KeyQueue:
 
     def add(self, data: bytes) -> None:
         """Add what the terminal sent."""
+        if self._holds_escape and data[0] not in AFTER_ESCAPE:
+            self.drop_escape()
+        self._holds_escape = False
         self._arrived += data
 
-    def wait_s(self, escape_s: float) -> float | None:
-        """Return how long to wait for more before what has arrived is sorted; None if nothing has.
-
-        `escape_s` is how long an Esc waits for the key that it may belong to.
-        """
+    def wait_s(self) -> float | None:
+        """Return how long to wait for more before sorting; None if nothing has arrived."""
         if self._is_paste_open():
             return SPLIT_PASTE_S
+        if self._holds_escape:
+            return ESCAPE_S
         finished, unfinished = self._split_arrived()
         if finished:
             ends_a_line = len(finished) > 1 and finished.endswith(ENTERS)
@@ -6510,7 +6516,7 @@ class KeyQueue:
             return BURST_S if is_burst else 0.0
         if not unfinished:
             return None
-        return escape_s if unfinished == ESCAPE else SPLIT_KEY_S
+        return BURST_S if unfinished == ESCAPE else SPLIT_KEY_S
 
     def sort_ahead(self) -> bool:
         """Sort what was typed while no line is read; return whether Esc was pressed.
@@ -6524,8 +6530,12 @@ class KeyQueue:
         """Sort what was typed in a line.
 
         Several lines in one burst are a paste if the line editor `is_idle`: if earlier keys wait,
-        they are prompts that were typed ahead. Esc is left out unless it is a key of its own.
+        they are prompts that were typed ahead. Esc is left out unless it is a key of its own, or
+        the first half of a key.
         """
+        if self._arrived == ESCAPE and not escape_is_key and not self._holds_escape:
+            self._holds_escape = True
+            return
         data = self._take_arrived()
         is_typed_ahead = self._items or not is_idle
         if SEVERAL_LINES.search(data) and PASTE_START not in data and not is_typed_ahead:
@@ -6533,9 +6543,10 @@ class KeyQueue:
         self._add_items(mark_long_runs(data), escape=ESCAPE if escape_is_key else b"")
 
     def drop_escape(self) -> None:
-        """Forget an Esc that still waits for its key."""
+        """Forget an Esc that may still be the first half of a key."""
         if not self._arrived.strip(ESCAPE):
             self._arrived = b""
+        self._holds_escape = False
 
     def take(self) -> bytes | str:
         """Take the first item: keys up to the end of a line, or a text that was pasted."""
@@ -6553,6 +6564,7 @@ class KeyQueue:
 
     def _take_arrived(self) -> bytes:
         """Take the keys that have arrived whole, or else the beginning of a key that never came."""
+        self._holds_escape = False
         finished, unfinished = self._split_arrived()
         if finished:
             self._arrived = unfinished
@@ -6612,7 +6624,7 @@ class TerminalProxy:
 
     Why a pseudo-terminal: feeding it keys is the one way to put text into the line that works with
     both line editors. Libedit, which Python has on macOS, calls neither the startup hook nor the
-    pre-input hook, writes past its buffer in long lines, and knows no bracketed paste.
+    pre-input hook, corrupts its memory in long lines, and knows no bracketed paste.
     """
 
     def __init__(
@@ -6761,8 +6773,13 @@ class TerminalProxy:
                 self._send()
 
     def _editor_is_ready(self) -> bool:
-        """Tell if the line editor has set up its terminal; before, some keys would act on that."""
-        return not termios.tcgetattr(self._pty_slave)[3] & termios.ICANON
+        """Tell if the line editor has read all that it was given, and has set up its terminal.
+
+        Before that some keys would act on the terminal.
+        """
+        unread = fcntl.ioctl(self._pty_slave, termios.FIONREAD, bytes(4))
+        is_set_up = not termios.tcgetattr(self._pty_slave)[3] & termios.ICANON
+        return is_set_up and not any(unread)
 
     def _receive(self) -> None:
         """Add what was typed to the queue."""
@@ -6778,19 +6795,16 @@ class TerminalProxy:
 
     def _set_timer(self) -> None:
         """Wait for more where it may belong to what has arrived."""
-        waits_for_key = self._is_reading and not self._escape_is_key and not self._is_late()
-        wait_s = self._queue.wait_s(ESCAPE_S if waits_for_key else BURST_S)
+        wait_s = self._queue.wait_s()
         self._sort_at_s = None if wait_s is None else time.monotonic() + wait_s
-
-    def _is_late(self) -> bool:
-        return time.monotonic() < self._late_until_s
 
     def _sort(self) -> None:
         escaped = False
         with self._lock:
             if self._is_reading:
-                escape_is_key = self._escape_is_key and not self._is_late()
-                self._queue.sort_line(not self._outgoing, escape_is_key)
+                if time.monotonic() < self._late_until_s:
+                    self._queue.drop_escape()
+                self._queue.sort_line(not self._outgoing, self._escape_is_key)
             else:
                 escaped = self._queue.sort_ahead()
             self._set_timer()
@@ -6828,7 +6842,7 @@ def use_utf8() -> None:
 
 
 def asks_for_vi_keys(libedit: bool) -> bool:
-    """Tell if the user's file for the line editor asks for vi's keys: the editor can't tell."""
+    """Tell if the user's file for the line editor asks for vi's keys: no function tells."""
     if libedit:
         file = os.environ.get("EDITRC", "~/.editrc")
         request = r"^\s*([\w.*]*:)?\s*bind\s+-v"
@@ -6841,7 +6855,24 @@ def asks_for_vi_keys(libedit: bool) -> bool:
     return False
 
 
-# What stands for a newline in a line of libedit, which has room for one row of text.
+# The longest line that libedit is given, in characters: see `enlarge_libedit_buffers`.
+MAX_LIBEDIT_LINE = 2000
+
+
+def enlarge_libedit_buffers(readline: Any) -> None:
+    """Have libedit enlarge its buffers now, so that they do not move while a line is read.
+
+    Libedit keeps the address of the line's bytes, and writes there after each key. But the bytes
+    move when they outgrow their buffer, which is at 1,019 bytes first; the address is renewed only
+    when the buffer of the characters is outgrown, at 1,022 and 2,046 characters. So a text is put
+    into the line that has as many characters, and 7,178 bytes: then the buffer of the bytes has
+    8,192, which is room for any 2,000 characters. The next line begins empty.
+    """
+    for char in "\U0001f600" * 1711 + " " * 340:
+        readline.insert_text(char)
+
+
+# What stands for a newline in a line of libedit, which can't hold one.
 NEWLINE_SIGN = "␤"
 
 # Words that leave the chat, if they are a typed line.
@@ -6924,9 +6955,10 @@ class LineEditor:
         readline.set_auto_history(False)
         with self._warned_of_history():
             for prompt in self._history.load() if self._history else []:
-                readline.add_history(self._editor_text(prompt))
+                self._add_history(prompt)
         self._set_completer(complete)
         if self._libedit:
+            enlarge_libedit_buffers(readline)
             self._bind_libedit_keys()
         else:
             self._bind_readline_keys()
@@ -6978,11 +7010,17 @@ class LineEditor:
                 is_new = self._history.add(line)
         if not is_new or not self._readline:
             return
+        # A command with a block that was pasted is to be a command when it comes back.
         if prompt.is_typed_line and "\n" in line:
-            # A command with a block that was pasted: it is to be a command when it comes back.
-            command, space, block = line.partition(" ")
-            line = command + space + self._placeholder(block)
-        self._readline.add_history(self._editor_text(line))
+            line = self._shortened(line)
+        self._add_history(line)
+
+    def _add_history(self, text: str) -> None:
+        """Have Up bring back a text, unless it is what Up brings back first already."""
+        readline = self._readline
+        line = self._editor_text(text)
+        if line and line != readline.get_history_item(readline.get_current_history_length()):
+            readline.add_history(line)
 
     def _set_completer(self, complete: Callable[[str], Iterable[str]]) -> None:
         readline = self._readline
@@ -7051,15 +7089,28 @@ class LineEditor:
                 self.on_first_paste(item)
             text = self._editor_text(item, pasted=True)
             self._pasted.append(text)
-        return self._insertion(text)
+        keys = self._insertion(text)
+        return self._in_place_of_long_line(keys) if self._libedit else keys
 
     def _libedit_keys(self, keys: bytes) -> bytes:
-        keys = LIBEDIT_SEQUENCE.sub(lambda match: LIBEDIT_BYTES[match[0]], keys)
-        # A sign that was typed is itself.
+        """Return keys that were typed as libedit is to get them."""
         sign = NEWLINE_SIGN.encode()
-        return (
-            keys.replace(sign, self._placeholder(NEWLINE_SIGN).encode()) if sign in keys else keys
-        )
+        if sign in keys:
+            # A sign that was typed is itself.
+            keys = keys.replace(sign, self._placeholder(NEWLINE_SIGN).encode())
+        keys = LIBEDIT_SEQUENCE.sub(lambda match: LIBEDIT_BYTES[match[0]], keys)
+        return self._in_place_of_long_line(keys)
+
+    def _in_place_of_long_line(self, keys: bytes) -> bytes:
+        """Return the keys; if there is no room, the line becomes a placeholder first."""
+        line = self._current_line()
+        if len(line) + len(keys) <= MAX_LIBEDIT_LINE:
+            return keys
+        # Libedit may be at work on the last key.
+        time.sleep(BURST_S)
+        line = self._current_line()
+        kill_line = LIBEDIT_BYTES[Key.KILL_LINE.sequence]
+        return kill_line + self._shortened(self._without_placeholders(line)).encode() + keys
 
     def _insertion(self, text: str) -> bytes:
         """Return the keys that put a text into the line."""
@@ -7076,12 +7127,13 @@ class LineEditor:
         return text.replace("\n", NEWLINE_SIGN) if self._libedit else text
 
     def _is_hard_for_libedit(self, text: str, pasted: bool) -> bool:
-        """Tell if libedit needs a placeholder: it overflows in long lines, and has no newlines.
+        """Tell if libedit needs a placeholder: it takes no long lines, and no newlines.
 
         A few lines that were typed, and come back, can be edited: a sign stands for each newline.
         """
         has_pasted_lines = pasted and "\n" in text
-        return has_pasted_lines or len(text) > MAX_TYPED_RUN or NEWLINE_SIGN in text
+        is_long = len(text) > MAX_TYPED_RUN
+        return has_pasted_lines or is_long or NEWLINE_SIGN in text
 
     def _placeholder(self, text: str) -> str:
         """Return the placeholder that stands for a text in the line."""
@@ -7089,6 +7141,20 @@ class LineEditor:
         beginning = shorten(text.replace(NEWLINE_SIGN, " "), 30)
         placeholder = f"[{number}: {beginning} {len(text)} characters]"
         return self._placeholders.setdefault(text, placeholder)
+
+    def _current_line(self) -> str:
+        """Return what stands in the line editor's line."""
+        # Before the first key libedit's buffer still holds the line before.
+        if not self._readline or not self._proxy.last_sent:
+            return ""
+        return str(self._readline.get_line_buffer())
+
+    def _shortened(self, line: str) -> str:
+        """Return a line with a placeholder for its text; a command stays before it."""
+        if not line.startswith("/"):
+            return self._placeholder(line)
+        command, space, text = line.partition(" ")
+        return command + space + self._placeholder(text)
 
     def _is_tall(self, text: str) -> bool:
         """Tell if a text would push out of the window what was said before it."""
@@ -7101,7 +7167,7 @@ class LineEditor:
         # What was typed ahead is a prompt of its own.
         if not self._is_tall(text) and not self._proxy.has_typed_ahead():
             return text
-        self._readline.add_history(self._editor_text(text))
+        self._add_history(text)
         self._screen.notice("Press Up to edit the prompt.")
         return ""
 
@@ -7132,7 +7198,15 @@ class LineEditor:
     def _read_line(self, prompt: str, text: str = "") -> Prompt:
         """Read one line. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
         if self.interactive:
-            return self._parse_line(self._edit_line(prompt, text))
+            line = self._edit_line(prompt, text)
+            while placeholder := self._changed_placeholder(line):
+                self._add_history(placeholder)
+                self._screen.notice(
+                    f"{placeholder} stands for a text and was changed, so nothing is sent."
+                    " Up brings it back, and /edit before it opens the text."
+                )
+                line = self._edit_line(prompt, "")
+            return self._parse_line(line)
         if self._stdin.isatty() and not self._screen.interactive:
             line = self._read_while_output_is_piped(prompt)
         else:
@@ -7204,6 +7278,14 @@ class LineEditor:
         is_typed_line = not begins_pasted and not has_typed_newline
         return Prompt(self._without_placeholders(line), is_typed_line)
 
+    def _changed_placeholder(self, line: str) -> str:
+        """Return the placeholder that a line holds a part of, if there is one."""
+        for placeholder in self._placeholders.values():
+            beginning = placeholder[:10]
+            if line.count(beginning) > line.count(placeholder):
+                return placeholder
+        return ""
+
     def _without_placeholders(self, line: str) -> str:
         """Return the text that a line of the editor stands for."""
         if self._libedit:
@@ -7217,12 +7299,11 @@ class LineEditor:
     def _drop(self, lines: list[str]) -> None:
         """Have Up bring back the lines of a prompt that Ctrl+C dropped."""
         # Before the first key libedit's buffer still holds the line before.
-        if self._readline and self._proxy.last_sent:
-            line = self._parse_line(self._readline.get_line_buffer())
-            lines = [*lines, line.text if line.is_typed_line else typed_form(line.text)]
+        line = self._parse_line(self._current_line())
+        lines = [*lines, line.text if line.is_typed_line else typed_form(line.text)]
         self._dropped = "\n".join(lines).strip("\n")
         if self._readline and self._dropped:
-            self._readline.add_history(self._editor_text(self._dropped))
+            self._add_history(self._dropped)
 
     @contextlib.contextmanager
     def _warned_of_history(self) -> Iterator[None]:

@@ -1371,7 +1371,7 @@ def sorted_items(queue: llmchat.KeyQueue, parts: list[bytes], sort) -> list[byte
     """What a queue makes of parts that arrive one right after the other."""
     for part in parts:
         queue.add(part)
-    while queue.wait_s(llmchat.ESCAPE_S) is not None:
+    while queue.wait_s() is not None:
         sort()
     items = []
     while queue.has_items():
@@ -1399,21 +1399,40 @@ def test_keys_typed_ahead_are_sorted_wherever_they_are_split(data, items, escape
         assert any(escapes) is escaped
 
 
-def test_an_esc_is_a_key_of_its_own_for_vi_and_else_the_first_half_of_the_next_key() -> None:
+def test_an_esc_is_a_key_of_its_own_for_vi() -> None:
     queue = llmchat.KeyQueue()
     for_vi = functools.partial(queue.sort_line, is_idle=True, escape_is_key=True)
     assert sorted_items(queue, [b"a\x1b"], for_vi) == [b"a\x1b"]
-    queue.add(b"a\x1b")
-    queue.sort_line(True, escape_is_key=False)
-    assert (queue.take(), queue.wait_s(7.0), queue.has_keys()) == (b"a", 7.0, False)
-    queue.add(b"b")
-    queue.sort_line(True, escape_is_key=False)
-    assert queue.take() == b"\x1bb"
+
+
+AFTER_ESC = {
+    "a word back": (b"b", [b"\x1bb"]),
+    "Enter": (b"\rb", ["\n", b"b"]),
+    "Backspace": (b"\x7f", [b"\x1b\x7f"]),
+    "the rest of an arrow": (b"[A", [b"\x1b[A"]),
+    "the rest of F1": (b"OP", []),
+    "a command": (b"/stats\r", [b"/stats\r"]),
+    "a word": (b"hello", [b"hello"]),
+    "a paste": (b"\x1b[200~b\x1b[201~", ["b"]),
+    "an arrow": (b"\x1b[A", [b"\x1b[A"]),
+    "Esc": (b"\x1b", []),
+}
+
+
+@pytest.mark.parametrize(("data", "items"), AFTER_ESC.values(), ids=AFTER_ESC)
+def test_an_esc_by_itself_is_the_first_half_of_few_keys(data, items) -> None:
+    queue = llmchat.KeyQueue()
+    sort = functools.partial(queue.sort_line, is_idle=True, escape_is_key=False)
     queue.add(b"\x1b")
-    queue.drop_escape()
-    queue.add(b"/")
-    queue.sort_line(True, escape_is_key=False)
-    assert queue.take() == b"/"
+    sort()
+    assert (queue.has_keys(), queue.wait_s()) == (False, llmchat.ESCAPE_S)
+    assert sorted_items(queue, [data], sort) == items
+    # One whose line is dropped, or that was waited for, is no half of a key.
+    for forget in (queue.drop_escape, sort):
+        queue.add(b"\x1b")
+        sort()
+        forget()
+        assert sorted_items(queue, [b"b"], sort) == [b"b"]
 
 
 def test_lines_in_a_burst_are_prompts_of_their_own_while_keys_wait() -> None:
@@ -3500,12 +3519,12 @@ while True:
         screen.write(f"{escapes}\\n")
         screen.reply_ended_s = time.monotonic()
         continue
-    screen.write(f"{prompt}\\n")
+    screen.write(f"{prompt!a}\\n")
     editor.add_to_history(prompt)
 editor.close()
 """
-TYPED = "Prompt(text={!r}, is_typed_line=True)\n".format
-NOT_TYPED = "Prompt(text={!r}, is_typed_line=False)\n".format
+TYPED = "Prompt(text={!a}, is_typed_line=True)\n".format
+NOT_TYPED = "Prompt(text={!a}, is_typed_line=False)\n".format
 
 
 @pytest.fixture(params=["readline", on_libedit])
@@ -3661,6 +3680,26 @@ def test_a_paste_taller_than_the_window_is_a_placeholder(rows, columns, reader, 
     screen.send(MARKED(block.replace("\n", "\r")), "[1: Some words.*… 359 characters]")
     screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
     assert read(screen, UP) == NOT_TYPED(block)
+
+
+def test_a_placeholder_that_was_changed_is_not_sent(reader) -> None:
+    screen = reader()
+    block = "\n".join(["Some words."] * 30)
+    screen.send(MARKED(block.replace("\n", "\r")), "359 characters]")
+    screen.send("\x7f")
+    screen.send("\r", "359 characters] stands for a text*\nprompt -> ")
+    assert read(screen, UP) == NOT_TYPED(block)
+    assert read(screen, "a[1: x]") == TYPED("a[1: x]")
+
+
+def test_a_long_line_that_is_typed_arrives_whole(reader) -> None:
+    screen = reader()
+    # Libedit by itself would corrupt its memory in a line of more than 1,019 bytes.
+    for command in ("", "/system "):
+        words = [f"日本{number} " for number in range(450)]
+        keys = ["".join(words[start : start + 15]) for start in range(0, 450, 15)]
+        text = (command + "".join(words)).strip()
+        assert read(screen, command, *keys).startswith(f"Prompt(text={text!a}")
 
 
 @pytest.fixture(params=["marked pastes", pytest.param("bursts", marks=pytest.mark.slow), on_libedit])
