@@ -1797,11 +1797,12 @@ class ChatTemplate:
         if self._function:
             # mlx-lm tells a function one thing.
             return {"enable_thinking"}
-        if self.tree is None:
-            return set()
         import jinja2.meta
 
-        return set(jinja2.meta.find_undeclared_variables(self.tree))
+        if self.tree is not None:
+            with contextlib.suppress(jinja2.TemplateError, RecursionError):
+                return set(jinja2.meta.find_undeclared_variables(self.tree))
+        return set()
 
     @functools.cached_property
     def literals(self) -> list[str]:
@@ -2031,21 +2032,21 @@ class ChatTemplate:
             text = self.render([to_template_message(m) for m in conversation], **variables)
             return Rendered(text, self.encode(text), text.partition(PROBE_QUESTION)[2])
 
+        def is_safe(conversation: Sequence[Message]) -> bool:
+            return self._has_only_structure_of(expected, render(conversation))
+
         plain = [with_texts(m, lambda text: text.replace(TOKEN_BREAK, "")) for m in messages]
         safe = [self._broken_up.get(tuple(message.values()), message) for message in plain]
         prompt = render(safe)
         made_up = self._made_up(plain)
         expected = render(made_up)
-        if not self._has_only_structure_of(expected, prompt):
+        is_like = self._has_only_structure_of(expected, prompt)
+        if not (is_like and prompt.text.endswith(expected.ending)):
             # The template may have answered to a word of a message that is no structure.
             made_up = self._made_up(plain, self._plain_literals)
             expected = render(made_up)
         if not self._has_only_structure_of(expected, prompt):
-            safe = self._break_up(
-                plain,
-                made_up,
-                lambda conversation: self._has_only_structure_of(expected, render(conversation)),
-            )
+            safe = self._break_up(plain, made_up, is_safe)
             prompt = render(safe)
         return Rendered(prompt.text.replace(TOKEN_BREAK, ""), prompt.tokens, expected.ending)
 

@@ -3087,6 +3087,10 @@ def test_a_template_may_answer_to_a_word_in_a_message() -> None:
     for text, count in (("Why? /no_think", 1), ("Why?", 0), ("Why? <think></think>", 0)):
         fed = template.fed([{"role": "user", "content": text}])
         assert fed.tokens.count(template.tokenizer.convert_tokens_to_ids("<think>")) == count
+    opens = template_of(chatml(WITHOUT_THOUGHT, "{{ '' if '/no_think' in messages[-1].content else '<think>' }}"))
+    assert [opens.fed([{"role": "user", "content": text}]).ending[-7:] for text in ("Why?", "Why? /no_think")] == [
+        *("<think>", "istant\n")
+    ]
     words = "a  b\n\nc <b> /no_think"
     fed = template.fed([{"role": "user", "content": words}])
     assert fed.tokens == template.tokenizer.encode(fed.text, add_special_tokens=False)
