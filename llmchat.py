@@ -200,25 +200,6 @@ def explain_errors(
         raise error_type(sentence.rstrip(), status) from error
 
 
-@contextlib.contextmanager
-def foreign(
-    sentence: str | Callable[..., str], kind: type[ChatError] = ChatError, status: int = 1
-) -> Iterator[None]:
-    """Turn an error of foreign code into a `ChatError`; `explain_errors` is to replace this."""
-    try:
-        yield
-    except (ChatError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    # A panic of a Rust library is no `Exception`.
-    except BaseException as error:
-        said = (
-            sentence.replace("{}", error_text(error))
-            if isinstance(sentence, str)
-            else sentence(error)
-        )
-        raise kind(said, status) from error
-
-
 # ----------------------------------------------------------------------------------------- Texts
 
 # What could drive a terminal or turn text round: C0 but newline and tab, DEL, C1, and the
@@ -410,6 +391,33 @@ def option(
         help += f" (default {default})"
     declared = Option(parse, metavar, help, scope, short_flag)
     return dataclasses.field(default=default, metadata={"option": declared})
+
+
+# A value in quotes and the comment that may follow. In double quotes a backslash escapes.
+DOUBLE_QUOTED = re.compile(r'"((?:\\.|[^\\])*?)"\s*(?:#.*)?')
+SINGLE_QUOTED = re.compile(r"'(.*?)'\s*(?:#.*)?")
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\"": '"', r"\\": "\\"}
+
+# A comment behind a value that has no quotes. "You are #1." holds none.
+COMMENT = re.compile(r"(?:^|\s)#(?:\s.*)?$")
+
+
+def parse_config_value(text: str) -> str:
+    """Return the value that stands after a `=`, without quotes and comment.
+
+    Raises `ArgumentTypeError` if there is none.
+    """
+    text = text.strip()
+    if match := DOUBLE_QUOTED.fullmatch(text):
+        return re.sub(r"\\.", lambda escape: ESCAPES.get(escape[0], escape[0]), match[1])
+    if match := SINGLE_QUOTED.fullmatch(text):
+        return match[1]
+    if text.startswith('"'):
+        raise argparse.ArgumentTypeError('has no closing "')
+    value = COMMENT.sub("", text)
+    if not value:
+        raise argparse.ArgumentTypeError("needs a value")
+    return value
 
 
 @dataclasses.dataclass
@@ -617,32 +625,6 @@ def find_key(key: str) -> SettingKey | None:
     return KEYS.get(key.lower().replace("_", "-"))
 
 
-# A value in quotes and the comment that may follow. In double quotes a backslash escapes.
-DOUBLE_QUOTED = re.compile(r'"((?:\\.|[^\\])*?)"\s*(?:#.*)?')
-SINGLE_QUOTED = re.compile(r"'(.*?)'\s*(?:#.*)?")
-ESCAPES = {r"\n": "\n", r"\t": "\t", r"\"": '"', r"\\": "\\"}
-# A comment behind a value that has no quotes. "You are #1." holds none.
-COMMENT = re.compile(r"(?:^|\s)#(?:\s.*)?$")
-
-
-def parse_config_value(text: str) -> str:
-    """Return the value that stands after a `=`, without quotes and comment.
-
-    Raises `ArgumentTypeError` if there is none.
-    """
-    text = text.strip()
-    if match := DOUBLE_QUOTED.fullmatch(text):
-        return re.sub(r"\\.", lambda escape: ESCAPES.get(escape[0], escape[0]), match[1])
-    if match := SINGLE_QUOTED.fullmatch(text):
-        return match[1]
-    if text.startswith('"'):
-        raise argparse.ArgumentTypeError('has no closing "')
-    value = COMMENT.sub("", text)
-    if not value:
-        raise argparse.ArgumentTypeError("needs a value")
-    return value
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose errors show no control characters of the command line."""
 
@@ -701,6 +683,16 @@ VALUE_FLAGS = {
 }
 
 
+def is_dashed_value(word: str) -> bool:
+    """Tell if a word that follows a flag is a value though it starts with a dash.
+
+    A word with two dashes is more likely a mistyped flag.
+    """
+    has_one_dash = word.startswith("-") and not word.startswith("--")
+    # Argparse itself takes a lone dash for a value.
+    return has_one_dash and word not in SHORT_FLAGS
+
+
 def join_values(words: Sequence[str]) -> list[str]:
     """Return a command line in which no value of a flag can be taken for something else.
 
@@ -720,16 +712,6 @@ def join_values(words: Sequence[str]) -> list[str]:
         else:
             result.append(word)
     return result
-
-
-def is_dashed_value(word: str) -> bool:
-    """Tell if a word that follows a flag is a value though it starts with a dash.
-
-    A word with two dashes is more likely a mistyped flag.
-    """
-    has_one_dash = word.startswith("-") and not word.startswith("--")
-    # Argparse itself takes a lone dash for a value.
-    return has_one_dash and word not in SHORT_FLAGS
 
 
 # The first words of other programs' command lines, and what to do here instead.
@@ -827,6 +809,7 @@ NEEDED = (
     "*.tiktoken",
     "tiktoken.model",
 )
+
 # The files that tell if a model is of use here. They are downloaded before all others.
 TELLING_FILES = (
     "config.json",
@@ -834,18 +817,22 @@ TELLING_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
 # A rough check of a repository's name; the hub's own check follows.
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+
 # Endings of files of weights, which no repository's name has.
 FILE_NAME = re.compile(r"\.(gguf|safetensors|onnx|bin|pth)$", re.IGNORECASE)
 REPOSITORY_ADDRESS = re.compile(
     r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/(models/)?([^/]+/[^/?#]+).*"
 )
 COMMIT = re.compile("[0-9a-f]{1,64}")
+
 # The name that the client gives a downloaded file: a checksum, behind which S3 puts a dash and a
 # number where it took the file in parts.
 ETAG = re.compile('(W/)?"?[0-9a-fA-F-]{1,128}"?')
 GIB = 1 << 30
+
 # From here on a wait tells how long it takes.
 SHOW_RATE_AFTER_S = 5
 DISK_HINT = "Make room for it, or set HF_HOME to a folder on another disk."
@@ -904,15 +891,15 @@ def hub_cache() -> Path:
     return Path(hub_constants().HF_HUB_CACHE)
 
 
-def hub_address() -> str:
-    """Return the hub's address as it may be shown."""
-    return without_password(hub_constants().ENDPOINT)
-
-
 def without_password(address: str) -> str:
     """Return a URL without the user and the password in it."""
     scheme, separator, rest = address.rpartition("://")
     return scheme + separator + rest.rpartition("@")[2]
+
+
+def hub_address() -> str:
+    """Return the hub's address as it may be shown."""
+    return without_password(hub_constants().ENDPOINT)
 
 
 def is_plain_name(name: object) -> bool:
@@ -1198,6 +1185,16 @@ def unknown_repository_hint(name: str) -> str:
     return "" if "/" in name else f"; did you mean mlx-community/{name}?"
 
 
+def missing_part(name: str, revision: str | None) -> str:
+    """Return what could not be fetched: the first missing file of a repository, or all of it."""
+    try:
+        folder = locate(name, revision)
+    except UNREADABLE:
+        return name
+    missing = known_missing_files(folder) if os.path.exists(folder) else []
+    return f"{missing[0]} of {name}" if missing else name
+
+
 def hub_error_message(name: str, revision: str | None, error: BaseException) -> str:
     """Return the sentence for an error of the hub's client, its HTTP library or the system."""
     from huggingface_hub import errors
@@ -1205,7 +1202,8 @@ def hub_error_message(name: str, revision: str | None, error: BaseException) -> 
     # The client says that the file is not in the cache either; why it was not fetched is the cause.
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
-    hub, what = hub_address(), missing_part(name, revision)
+    hub = hub_address()
+    what = missing_part(name, revision)
     status = getattr(getattr(error, "response", None), "status_code", 0)
     keys = [*(kind.__name__ for kind in type(error).__mro__), status, status // 100 * 100]
     known = [key for key in keys if key in HUB_MESSAGES]
@@ -1223,16 +1221,6 @@ def hub_error_message(name: str, revision: str | None, error: BaseException) -> 
         )
     advice = " ".join(filter(None, [network_advice(error), RETRY_HINT]))
     return f"{what} could not be fetched from {hub}: {network_error_text(error)}. {advice}"
-
-
-def missing_part(name: str, revision: str | None) -> str:
-    """Return what could not be fetched: the first missing file of a repository, or all of it."""
-    try:
-        folder = locate(name, revision)
-    except UNREADABLE:
-        return name
-    missing = known_missing_files(folder) if os.path.exists(folder) else []
-    return f"{missing[0]} of {name}" if missing else name
 
 
 @contextlib.contextmanager
@@ -1383,7 +1371,6 @@ WAIT_STEP_S = 0.02
 
 # The end of the program waits this long for what the engine is computing.
 MAX_LEAVE_WAIT_S = 2.0
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -1395,6 +1382,13 @@ class Waiting(enum.Enum):
 
 
 WAITING = Waiting.WAITING
+
+
+def is_private_folder(folder: str) -> bool:
+    """Tell if a folder is this user's, or the system's, and nobody else can write to it."""
+    status = os.lstat(folder)
+    is_own = status.st_uid in (0, os.getuid())
+    return stat.S_ISDIR(status.st_mode) and is_own and not status.st_mode & 0o022
 
 
 def use_private_kernels() -> None:
@@ -1427,16 +1421,81 @@ def use_private_kernels() -> None:
     )
 
 
-def is_private_folder(folder: str) -> bool:
-    """Tell if a folder is this user's, or the system's, and nobody else can write to it."""
-    status = os.lstat(folder)
-    is_own = status.st_uid in (0, os.getuid())
-    return stat.S_ISDIR(status.st_mode) and is_own and not status.st_mode & 0o022
-
-
 def block_signals() -> None:
     """Leave all signals to the main thread, also in the threads that this one starts."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+
+class EngineIterator(Generic[R]):
+    """Iterates over a generator that runs in the engine's thread.
+
+    An item that takes longer than `WAIT_STEP_S` comes after one or more `WAITING`, so that whoever
+    iterates is never held up. It may stop at any item, and go on later: nothing is lost.
+    """
+
+    def __init__(self, engine: Engine, items: Generator[R, None, None]) -> None:
+        self._engine = engine
+        self._items = items
+        # The item that the engine is computing.
+        self._job: Future[R | Waiting] | None = None
+
+    def __iter__(self) -> EngineIterator[R]:
+        return self
+
+    def __next__(self) -> R | Waiting:
+        job = self._job or self._engine.submit(next, self._items, WAITING)
+        self._job = job
+        if wait_for_jobs([job], WAIT_STEP_S).not_done:
+            return WAITING
+        self._job = None
+        item = job.result()
+        # The generator itself never yields this: it has ended.
+        if item is WAITING:
+            raise StopIteration
+        return item
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether the engine was asked for an item that nobody has got yet."""
+        return self._job is not None
+
+    def close(self) -> None:
+        """Close the generator in the engine's thread, after the item that is being computed."""
+        self._engine.submit(self._items.close)
+
+    def __del__(self) -> None:
+        # MLX complains if another thread than the engine's drops a generator that is under way.
+        self.close()
+
+
+class Background:
+    """Generators that run in the engine's thread until nobody needs them any more."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._left = threading.Event()
+        self._jobs: list[Future[None]] = []
+
+    def run(self, steps: Generator[Any, None, None]) -> None:
+        """Run a generator after those before. Any thread may call this.
+
+        A `ChatError` only ends the generator: whoever needs its result meets the error again.
+        """
+
+        def job() -> None:
+            with contextlib.suppress(ChatError), contextlib.closing(steps):
+                while not self._left.is_set():
+                    if next(steps, WAITING) is WAITING:
+                        return
+
+        self._jobs.append(self._engine.submit(job))
+
+    def leave(self) -> None:
+        """Leave the generators at their next step, without waiting for it; raise their bugs."""
+        self._left.set()
+        for job in self._jobs:
+            if job.done():
+                job.result()
 
 
 class Engine:
@@ -1526,78 +1585,6 @@ class Engine:
         os._exit(status)
 
 
-class EngineIterator(Generic[R]):
-    """Iterates over a generator that runs in the engine's thread.
-
-    An item that takes longer than `WAIT_STEP_S` comes after one or more `WAITING`, so that whoever
-    iterates is never held up. It may stop at any item, and go on later: nothing is lost.
-    """
-
-    def __init__(self, engine: Engine, items: Generator[R, None, None]) -> None:
-        self._engine = engine
-        self._items = items
-        # The item that the engine is computing.
-        self._job: Future[R | Waiting] | None = None
-
-    def __iter__(self) -> EngineIterator[R]:
-        return self
-
-    def __next__(self) -> R | Waiting:
-        job = self._job or self._engine.submit(next, self._items, WAITING)
-        self._job = job
-        if wait_for_jobs([job], WAIT_STEP_S).not_done:
-            return WAITING
-        self._job = None
-        item = job.result()
-        # The generator itself never yields this: it has ended.
-        if item is WAITING:
-            raise StopIteration
-        return item
-
-    @property
-    def is_computing(self) -> bool:
-        """Whether the engine was asked for an item that nobody has got yet."""
-        return self._job is not None
-
-    def close(self) -> None:
-        """Close the generator in the engine's thread, after the item that is being computed."""
-        self._engine.submit(self._items.close)
-
-    def __del__(self) -> None:
-        # MLX complains if another thread than the engine's drops a generator that is under way.
-        self.close()
-
-
-class Background:
-    """Generators that run in the engine's thread until nobody needs them any more."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._left = threading.Event()
-        self._jobs: list[Future[None]] = []
-
-    def run(self, steps: Generator[Any, None, None]) -> None:
-        """Run a generator after those before. Any thread may call this.
-
-        A `ChatError` only ends the generator: whoever needs its result meets the error again.
-        """
-
-        def job() -> None:
-            with contextlib.suppress(ChatError), contextlib.closing(steps):
-                while not self._left.is_set():
-                    if next(steps, WAITING) is WAITING:
-                        return
-
-        self._jobs.append(self._engine.submit(job))
-
-    def leave(self) -> None:
-        """Leave the generators at their next step, without waiting for it; raise their bugs."""
-        self._left.set()
-        for job in self._jobs:
-            if job.done():
-                job.result()
-
-
 class OnEngine(Generic[T]):
     """The only way to an object that belongs to the engine's thread."""
 
@@ -1671,22 +1658,6 @@ class Hosts:
                 return json.loads(bytes(all_sum(mx.array(buffer))))
 
 
-def join_hosts(engine: Engine) -> Hosts:
-    """Join the hosts that mlx.launch started, if it did; else return this one alone.
-
-    Raises `ChatError`.
-    """
-    # mlx.launch sets the first, or starts the hosts by mpirun, which sets the second.
-    launched = any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
-    if not launched:
-        return Hosts()
-    # While a host waits for another in MLX, it runs no handlers: signals have to end it by default.
-    for number in ENDING_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    threading.Thread(target=end_with_launcher, args=(os.getppid(),), daemon=True).start()
-    return engine.call(init_hosts)
-
-
 def init_hosts() -> Hosts:
     """Set up MLX's group of hosts, on the engine's thread. Raises `ChatError`."""
     mx = import_library("mlx.core")
@@ -1705,14 +1676,32 @@ def end_with_launcher(launcher: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def join_hosts(engine: Engine) -> Hosts:
+    """Join the hosts that mlx.launch started, if it did; else return this one alone.
+
+    Raises `ChatError`.
+    """
+    # mlx.launch sets the first, or starts the hosts by mpirun, which sets the second.
+    launched = any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
+    if not launched:
+        return Hosts()
+    # While a host waits for another in MLX, it runs no handlers: signals have to end it by default.
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    return engine.call(init_hosts)
+
+
 # ----------------------------------------------------------------------------------------- Model
 
 
 # More than fits any model, of one prompt.
 MAX_CHARACTERS = 1 << 24
+
 # Breaks up text that spells a special token. Unicode promises that this is never a character
 # (https://www.unicode.org/faq/private_use.html#nonchar4).
 TOKEN_BREAK = "\ufdd0"
+
 # What a text is encoded behind, so that the tokenizer takes it for the middle of a text.
 ANCHORS = (TOKEN_BREAK, "\n", ".")
 
@@ -1867,8 +1856,8 @@ class ChatTemplate:
     def _apply(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, variables: Any
     ) -> str:
-        # mlx-lm's wrapper tells every template to think. A user who said nothing gets the template's
-        # default. So the tokenizer inside is asked, unless the template is a function of mlx-lm.
+        # mlx-lm's wrapper tells every template to think, but a user who said nothing gets the
+        # template's default. So the tokenizer inside is asked, unless the template is a function.
         tokenizer = self.tokenizer
         if not self._function:
             tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
@@ -2175,6 +2164,7 @@ UNSUPPORTED_FORMATS = {
     ".pth": "PyTorch",
     ".onnx": "ONNX",
 }
+
 # The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the
 # like do talk.
 NON_CHAT_ARCHITECTURE = re.compile(
@@ -2187,6 +2177,7 @@ NO_TEMPLATE_MESSAGE = (
     "{name} has no chat template, so it can't hold a conversation: name its instruct-tuned sibling,"
     f" or try {EXAMPLE_MODEL}."
 )
+
 # What configurations call the number of tokens that a model was made for.
 CONTEXT_KEYS = (
     "max_position_embeddings",
@@ -2196,13 +2187,26 @@ CONTEXT_KEYS = (
     "seq_length",
     "n_ctx",
 )
+
 # The parts of a configuration that may hold that of the language model.
 LANGUAGE_MODEL_PARTS = ("text_config", "llm_config", "thinker_config")
+
 # No language model was made for fewer tokens than this, and a number beyond that says "no limit".
 MIN_CONTEXT_TOKENS = 2048
 MAX_CONTEXT_TOKENS = 1 << 60
+
 # The sampling that a model's author may recommend.
 RECOMMENDED_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def damaged_advice(folder: Path, repository: Path | None) -> str:
+    """Return what to do if a file of a model in this folder is damaged."""
+    if repository:
+        return f"Remove {repository}, and it is downloaded again."
+    return f"Put a whole copy of the model into {folder}."
+
+
+# What can be said of a model by the names of its files and by its configuration.
 
 
 @dataclasses.dataclass
@@ -2239,16 +2243,6 @@ class Memory(NamedTuple):
 
     total_bytes: int
     usable_bytes: int
-
-
-def damaged_advice(folder: Path, repository: Path | None) -> str:
-    """Return what to do if a file of a model in this folder is damaged."""
-    if repository:
-        return f"Remove {repository}, and it is downloaded again."
-    return f"Put a whole copy of the model into {folder}."
-
-
-# What can be said of a model by the names of its files and by its configuration.
 
 
 def check_file_names(name: str, names: Collection[str]) -> None:
@@ -2370,17 +2364,6 @@ def language_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, *itertools.chain.from_iterable(inner)]
 
 
-def context_length(config: dict[str, Any]) -> int | None:
-    """Return the number of tokens that a model was made for, or None if that is not said."""
-    for part in language_configs(config):
-        lengths = [positive_int(part.get(key)) for key in CONTEXT_KEYS]
-        length = next(filter(None, lengths), None)
-        stretched = stretched_length(part, length)
-        if stretched or length:
-            return stretched or length
-    return None
-
-
 def stretched_length(config: dict[str, Any], length: int | None) -> int | None:
     """Return the number of tokens that scaled positions reach, where a configuration gives fewer.
 
@@ -2405,6 +2388,17 @@ def stretched_length(config: dict[str, Any], length: int | None) -> int | None:
     if original is None and is_original:
         original = length
     return max(length or 0, int(original * factor)) if original else None
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Return the number of tokens that a model was made for, or None if that is not said."""
+    for part in language_configs(config):
+        lengths = [positive_int(part.get(key)) for key in CONTEXT_KEYS]
+        length = next(filter(None, lengths), None)
+        stretched = stretched_length(part, length)
+        if stretched or length:
+            return stretched or length
+    return None
 
 
 # Where a model's author says how to sample.
@@ -2462,7 +2456,8 @@ def check_memory(name: str, weight_bytes: int, memory: Memory, force: bool = Fal
 
 def wrong_name_message(name: str) -> str:
     """Return the sentence for a name that is neither that of a folder nor that of a repository."""
-    shown, path = shorten(name), Path(os.path.expanduser(name))
+    shown = shorten(name)
+    path = Path(os.path.expanduser(name))
     if path.suffix.lower() in UNSUPPORTED_FORMATS:
         return (
             f"{shown} is a {UNSUPPORTED_FORMATS[path.suffix.lower()]} file, and MLX loads folders"
@@ -2481,111 +2476,6 @@ def wrong_name_message(name: str) -> str:
         f"'{shown}' is neither a model folder nor a repository's name,"
         f" such as {EXAMPLE_MODEL}{hint}"
     )
-
-
-@silence_libraries()
-def find_model(settings: Settings, hosts: Hosts, report: Callable[[Progress], None]) -> ModelFiles:
-    """Find the model that the settings name, in its folder, in the hub cache or on the hub.
-
-    What is on the hub is not downloaded yet, but for the small files that tell if it is of use.
-    `report` is told what goes on. Raises `ChatError` where the model can't be used.
-    """
-    name = str(settings.model)
-    report(Progress("looking for it"))
-    check_adapter(settings.adapter, hosts.size)
-    folder = Path(os.path.expanduser(name))
-    is_folder = bool(name) and os.path.isdir(folder)
-    is_file = os.path.isfile(folder) or bool(FILE_NAME.search(name))
-    is_repository = bool(REPOSITORY.fullmatch(name)) and not is_file
-    # Somebody else may have put a folder with the repository's name here, and code in it.
-    if is_repository and (settings.trust_remote_code or not is_folder):
-        return find_in_hub(name, settings, report)
-    if not is_folder:
-        raise ChatError(wrong_name_message(name))
-    if settings.trust_remote_code and not (folder.is_absolute() or name.startswith(".")):
-        raise ChatError(f"With --trust-remote-code a folder is named like this: ./{name}")
-    if settings.revision:
-        raise ChatError(f"{name} is a folder, which has no revisions: leave out --revision.")
-    with explain_errors(f"{name} can't be read", damaged_advice(folder, None), OSError):
-        names = sorted(entry.name for entry in folder.iterdir())
-    return read_model_files(ModelFiles(name, folder, None, names), settings)
-
-
-def find_in_hub(name: str, settings: Settings, report: Callable[[Progress], None]) -> ModelFiles:
-    """Find a repository in the hub cache, or else on the hub. Raises `ChatError`."""
-    revision = settings.revision
-    if revision and any(part in ("", ".", "..") for part in revision.split("/")):
-        raise ChatError(f"'{shorten(revision)}' can't be the name of a revision.")
-    repository = repository_folder(name)
-    what = f"{name} in the hub cache is damaged"
-    with explain_errors(what, damaged_advice(repository, repository), *UNREADABLE):
-        folder = locate(name, revision)
-        missing = missing_files(folder)
-    if missing:
-        with download_interruptible(name):
-            return ask_hub(name, settings, report)
-    found = ModelFiles(name, folder, repository, file_names(folder))
-    return read_model_files(found, settings)
-
-
-def ask_hub(name: str, settings: Settings, report: Callable[[Progress], None]) -> ModelFiles:
-    """Find a repository on the hub, and download its telling files. Raises `ChatError`."""
-    revision = settings.revision
-    check_endpoint(hub_constants().ENDPOINT, settings.force)
-    report(Progress(f"asking {hub_address()} for {name}; it is tried again until it answers"))
-    sizes = list_repository(name, revision)
-    check_file_names(name, sizes)
-    # By the revision's name, so that the cache notes which commit that is.
-    folder = fetch_file(name, revision, "config.json").parent
-    for file in TELLING_FILES:
-        if file in sizes:
-            fetch_file(name, folder.name, file)
-    found = ModelFiles(name, folder, repository_folder(name), list(sizes))
-    read_model_files(found, settings)
-    wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
-    found.missing = {file: sizes[file] for file in wanted if not os.path.exists(folder / file)}
-    found.weight_bytes = sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS))
-    return found
-
-
-@silence_libraries()
-def fetch_model(found: ModelFiles, report: Callable[[Progress], None]) -> None:
-    """Download what is missing of a model, and begin to read its weights.
-
-    Raises `ChatError`, also for Ctrl+C.
-    """
-    if found.missing:
-        with download_interruptible(found.name):
-            download_files(found.name, found.folder, found.missing, report)
-        found.missing = {}
-        found.names = file_names(found.folder)
-        check_plain_files(found)
-    with explain_errors(f"{found.name} can't be read", found.damaged_advice(), OSError):
-        found.weight_bytes = sum(file.stat().st_size for file in found.weights())
-    # The libraries are imported meanwhile.
-    preload = Preload(found.weights())
-    report(Progress("loading", found.weight_bytes, preload.done_bytes))
-
-
-def read_model_files(found: ModelFiles, settings: Settings) -> ModelFiles:
-    """Add what the configuration of a model says to what was found of it.
-
-    Raises `ChatError` where the model can't be used.
-    """
-    name, names = found.name, found.names
-    check_file_names(name, names)
-    check_plain_files(found)
-    found.config = read_config(found, "config.json")
-    found.tokenizer_config = read_config(found, "tokenizer_config.json")
-    if not found.tokenizer_config.get("chat_template") and "chat_template.jinja" not in names:
-        found.processor_template = read_config(found, "chat_template.json").get("chat_template")
-    processor_config = read_config(found, "processor_config.json")
-    configs = [found.config, found.tokenizer_config, processor_config]
-    found.code_references = [text for config in configs for text in code_references(config)]
-    check_purpose(name, names, found.config, settings.force)
-    check_own_code(name, found.config, found.code_references, settings.trust_remote_code)
-    check_tokenizer_files(name, found.tokenizer_config)
-    return found
 
 
 def read_config(found: ModelFiles, file: str) -> dict[str, Any]:
@@ -2609,6 +2499,65 @@ def check_plain_files(found: ModelFiles) -> None:
                 f"{name} of {found.name} can't be read: it is no plain file."
                 f" {found.damaged_advice()}"
             )
+
+
+def read_model_files(found: ModelFiles, settings: Settings) -> ModelFiles:
+    """Add what the configuration of a model says to what was found of it.
+
+    Raises `ChatError` where the model can't be used.
+    """
+    name = found.name
+    names = found.names
+    check_file_names(name, names)
+    check_plain_files(found)
+    found.config = read_config(found, "config.json")
+    found.tokenizer_config = read_config(found, "tokenizer_config.json")
+    if not found.tokenizer_config.get("chat_template") and "chat_template.jinja" not in names:
+        found.processor_template = read_config(found, "chat_template.json").get("chat_template")
+    processor_config = read_config(found, "processor_config.json")
+    configs = [found.config, found.tokenizer_config, processor_config]
+    found.code_references = [text for config in configs for text in code_references(config)]
+    check_purpose(name, names, found.config, settings.force)
+    check_own_code(name, found.config, found.code_references, settings.trust_remote_code)
+    check_tokenizer_files(name, found.tokenizer_config)
+    return found
+
+
+def ask_hub(name: str, settings: Settings, report: Callable[[Progress], None]) -> ModelFiles:
+    """Find a repository on the hub, and download its telling files. Raises `ChatError`."""
+    revision = settings.revision
+    check_endpoint(hub_constants().ENDPOINT, settings.force)
+    report(Progress(f"asking {hub_address()} for {name}; it is tried again until it answers"))
+    sizes = list_repository(name, revision)
+    check_file_names(name, sizes)
+    # By the revision's name, so that the cache notes which commit that is.
+    folder = fetch_file(name, revision, "config.json").parent
+    for file in TELLING_FILES:
+        if file in sizes:
+            fetch_file(name, folder.name, file)
+    found = ModelFiles(name, folder, repository_folder(name), list(sizes))
+    read_model_files(found, settings)
+    wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
+    found.missing = {file: sizes[file] for file in wanted if not os.path.exists(folder / file)}
+    found.weight_bytes = sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS))
+    return found
+
+
+def find_in_hub(name: str, settings: Settings, report: Callable[[Progress], None]) -> ModelFiles:
+    """Find a repository in the hub cache, or else on the hub. Raises `ChatError`."""
+    revision = settings.revision
+    if revision and any(part in ("", ".", "..") for part in revision.split("/")):
+        raise ChatError(f"'{shorten(revision)}' can't be the name of a revision.")
+    repository = repository_folder(name)
+    what = f"{name} in the hub cache is damaged"
+    with explain_errors(what, damaged_advice(repository, repository), *UNREADABLE):
+        folder = locate(name, revision)
+        missing = missing_files(folder)
+    if missing:
+        with download_interruptible(name):
+            return ask_hub(name, settings, report)
+    found = ModelFiles(name, folder, repository, file_names(folder))
+    return read_model_files(found, settings)
 
 
 def adapter_folder(adapter: str | None) -> Path | None:
@@ -2641,6 +2590,53 @@ def check_adapter(adapter: str | None, host_count: int = 1) -> None:
 # no network, and needs no `KeyboardInterrupt`.
 
 
+@silence_libraries()
+def find_model(settings: Settings, hosts: Hosts, report: Callable[[Progress], None]) -> ModelFiles:
+    """Find the model that the settings name, in its folder, in the hub cache or on the hub.
+
+    What is on the hub is not downloaded yet, but for the small files that tell if it is of use.
+    `report` is told what goes on. Raises `ChatError` where the model can't be used.
+    """
+    name = str(settings.model)
+    report(Progress("looking for it"))
+    check_adapter(settings.adapter, hosts.size)
+    folder = Path(os.path.expanduser(name))
+    is_folder = bool(name) and os.path.isdir(folder)
+    is_file = os.path.isfile(folder) or bool(FILE_NAME.search(name))
+    is_repository = bool(REPOSITORY.fullmatch(name)) and not is_file
+    # Somebody else may have put a folder with the repository's name here, and code in it.
+    if is_repository and (settings.trust_remote_code or not is_folder):
+        return find_in_hub(name, settings, report)
+    if not is_folder:
+        raise ChatError(wrong_name_message(name))
+    if settings.trust_remote_code and not (folder.is_absolute() or name.startswith(".")):
+        raise ChatError(f"With --trust-remote-code a folder is named like this: ./{name}")
+    if settings.revision:
+        raise ChatError(f"{name} is a folder, which has no revisions: leave out --revision.")
+    with explain_errors(f"{name} can't be read", damaged_advice(folder, None), OSError):
+        names = sorted(entry.name for entry in folder.iterdir())
+    return read_model_files(ModelFiles(name, folder, None, names), settings)
+
+
+@silence_libraries()
+def fetch_model(found: ModelFiles, report: Callable[[Progress], None]) -> None:
+    """Download what is missing of a model, and begin to read its weights.
+
+    Raises `ChatError`, also for Ctrl+C.
+    """
+    if found.missing:
+        with download_interruptible(found.name):
+            download_files(found.name, found.folder, found.missing, report)
+        found.missing = {}
+        found.names = file_names(found.folder)
+        check_plain_files(found)
+    with explain_errors(f"{found.name} can't be read", found.damaged_advice(), OSError):
+        found.weight_bytes = sum(file.stat().st_size for file in found.weights())
+    # The libraries are imported meanwhile.
+    preload = Preload(found.weights())
+    report(Progress("loading", found.weight_bytes, preload.done_bytes))
+
+
 def check_jinja() -> None:
     """Raise `ChatError` for a Jinja that lets a chat template out of its sandbox."""
     import importlib.metadata
@@ -2668,25 +2664,6 @@ def machine_memory() -> Memory:
     return Memory(total_bytes, recommended)
 
 
-@silence_libraries()
-def check_engine(found: ModelFiles, settings: Settings, hosts: Hosts) -> int:
-    """Check that the engine can run a model, which may still have to be downloaded.
-
-    Returns the bytes of memory that are left to a conversation. Raises `ChatError`.
-    """
-    check_jinja()
-    module = None
-    if found.config.get("model_file") is None:
-        module = engine_module(found.name, found.config)
-    # The one module of mlx-lm that brings a template along names it there.
-    brings_template = "chat_template_type" in getattr(module, "TOKENIZER_DEFAULTS", {})
-    has_template = has_chat_template(found.names, found.tokenizer_config, found.processor_template)
-    if not (has_template or brings_template):
-        raise ChatError(NO_TEMPLATE_MESSAGE.format(name=found.name))
-    weight_bytes_per_host = found.weight_bytes // hosts.size
-    return check_memory(found.name, weight_bytes_per_host, machine_memory(), settings.force)
-
-
 def engine_module(name: str, config: dict[str, Any]) -> Any:
     """Return mlx-lm's module for a kind of model. Raises `ChatError` if there is none."""
     mlx_lm = import_library("mlx_lm")
@@ -2706,6 +2683,25 @@ def engine_module(name: str, config: dict[str, Any]) -> Any:
             " another model."
         ) from error
     return sys.modules.get(network_class.__module__)
+
+
+@silence_libraries()
+def check_engine(found: ModelFiles, settings: Settings, hosts: Hosts) -> int:
+    """Check that the engine can run a model, which may still have to be downloaded.
+
+    Returns the bytes of memory that are left to a conversation. Raises `ChatError`.
+    """
+    check_jinja()
+    module = None
+    if found.config.get("model_file") is None:
+        module = engine_module(found.name, found.config)
+    # The one module of mlx-lm that brings a template along names it there.
+    brings_template = "chat_template_type" in getattr(module, "TOKENIZER_DEFAULTS", {})
+    has_template = has_chat_template(found.names, found.tokenizer_config, found.processor_template)
+    if not (has_template or brings_template):
+        raise ChatError(NO_TEMPLATE_MESSAGE.format(name=found.name))
+    weight_bytes_per_host = found.weight_bytes // hosts.size
+    return check_memory(found.name, weight_bytes_per_host, machine_memory(), settings.force)
 
 
 def check_weights(file: Path, what: str, advice: str) -> None:
@@ -2734,6 +2730,23 @@ def check_sharing(found: ModelFiles, hosts: Hosts) -> None:
                 f"{found.name} can't be shared evenly among {hosts.size} hosts: its {key} are"
                 f" {heads}."
             )
+
+
+def load_error_message(
+    found: ModelFiles, settings: Settings, hosts: Hosts, error: BaseException
+) -> str:
+    """Return the sentence for an error of mlx-lm while it loads a model."""
+    text = error_text(error)
+    if "trust_remote_code" in str(error):
+        return REMOTE_CODE_MESSAGE.format(name=found.name)
+    if hosts.size > 1:
+        return f"The hosts could not load {found.name} together: {text}."
+    if settings.adapter:
+        return f"{found.name} can't be loaded with {settings.adapter}: {text}. Name another one."
+    missing = known_missing_files(found.folder)
+    if missing:
+        text += f". {missing[0]} is missing"
+    return f"{found.name} could not be loaded: {text}. {found.damaged_advice()}"
 
 
 def load_engine(found: ModelFiles, settings: Settings, hosts: Hosts) -> tuple[Any, Any]:
@@ -2769,23 +2782,6 @@ def load_engine(found: ModelFiles, settings: Settings, hosts: Hosts) -> tuple[An
     except BaseException as error:
         raise ChatError(load_error_message(found, settings, hosts, error)) from error
     return network, tokenizer
-
-
-def load_error_message(
-    found: ModelFiles, settings: Settings, hosts: Hosts, error: BaseException
-) -> str:
-    """Return the sentence for an error of mlx-lm while it loads a model."""
-    text = error_text(error)
-    if "trust_remote_code" in str(error):
-        return REMOTE_CODE_MESSAGE.format(name=found.name)
-    if hosts.size > 1:
-        return f"The hosts could not load {found.name} together: {text}."
-    if settings.adapter:
-        return f"{found.name} can't be loaded with {settings.adapter}: {text}. Name another one."
-    missing = known_missing_files(found.folder)
-    if missing:
-        text += f". {missing[0]} is missing"
-    return f"{found.name} could not be loaded: {text}. {found.damaged_advice()}"
 
 
 def fingerprint(found: ModelFiles, settings: Settings) -> str:
@@ -3251,7 +3247,7 @@ class StateFile:
 
 
 class Piece(NamedTuple):
-    """A streamed unit of a reply: `thought` or `answer`, which are the model's words, or another kind.
+    """A streamed unit of a reply: `thought` or `answer`, the model's words, or another kind.
 
     `prefill` tells how much of the prompt is computed, and a `notice` is a remark of the program.
     `unclosed` comes last if all that was shown as a thought may be the answer, and repeats it.
@@ -3276,6 +3272,7 @@ BLOCKS = {
 
 # What looks like a special token, whether or not the tokenizer has it.
 TOKEN_LIKE = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z _]{1,40}\]")
+
 # The most characters that a header has beyond those that the template writes.
 MAX_FURTHER_CHARACTERS = 100
 
@@ -3311,7 +3308,7 @@ def mark_words(parts: Iterable[str]) -> set[str]:
 
 
 def match_mark(parts: Sequence[str], text: str, *, further_words: bool = False) -> int | None:
-    """Return the length of a mark that a text begins with, 0 if there is none, None if one may come.
+    """Return the length of a mark that a text begins with: 0 if none, None if one may come.
 
     Spaces may stand between the parts of the mark. If it may have further words, they stand before
     its last part: `<|channel|>final <|constrain|>json<|message|>` is `<|channel|>final<|message|>`.
@@ -3644,22 +3641,9 @@ class ThoughtSplitter:
 THOUGHT_WORD = re.compile("think|thought|reason", re.IGNORECASE)
 TELLING_WORD = re.compile(f"{THOUGHT_WORD.pattern}|effort", re.IGNORECASE)
 ANSWER_MARK = re.compile(r"\W*(BEGIN.|START_)?(FINAL.)?(response|answer)\W*", re.IGNORECASE)
+
 # Where a variable is a number of tokens, these stand for words.
 BUDGETS = {0: "none", 512: "low", 4096: "medium", 16384: "high"}
-
-
-def values_to_try(template: ChatTemplate) -> dict[str, list[Any]]:
-    """Return the variables with telling names that a template reads, and values that it may know.
-
-    These are true and false, and the words that the template's code has beside the variable:
-
-        {%- if reasoning_effort not in ["none", "high"] %}
-    """
-    values: dict[str, list[Any]] = {}
-    for name in sorted(filter(TELLING_WORD.search, template.variables)):
-        values[name] = list(BUDGETS) if "budget" in name.lower() else [True, False]
-        values[name] += words_beside(name, template.tree)
-    return values
 
 
 def words_beside(name: str, tree: Any) -> list[str]:
@@ -3686,6 +3670,20 @@ def words_beside(name: str, tree: Any) -> list[str]:
                 words += constant.value if is_list else [constant.value]
     words = [word for word in words if isinstance(word, str) and re.fullmatch(r"[\w-]+", word)]
     return list(dict.fromkeys(words))
+
+
+def values_to_try(template: ChatTemplate) -> dict[str, list[Any]]:
+    """Return the variables with telling names that a template reads, and values that it may know.
+
+    These are true and false, and the words that the template's code has beside the variable:
+
+        {%- if reasoning_effort not in ["none", "high"] %}
+    """
+    values: dict[str, list[Any]] = {}
+    for name in sorted(filter(TELLING_WORD.search, template.variables)):
+        values[name] = list(BUDGETS) if "budget" in name.lower() else [True, False]
+        values[name] += words_beside(name, template.tree)
+    return values
 
 
 class TemplateProbe:
@@ -3781,6 +3779,46 @@ def common_header(one: str, other: str) -> str:
         if is_within_token or is_within_words:
             return one[: token.start()]
     return one[:length]
+
+
+def possible_end_marks(mark: str) -> set[str]:
+    """Return the marks that may close what a mark opens: `</think>`, `<|/think|>`, `<channel|>`."""
+    marks = {mark[0] + "/" + mark[1:], mark.replace("<|", "<|/")}
+    marks.add(re.sub(r"^<\|(.*[^|])>$", r"<\1|>", mark))
+    for start, end in (("START", "END"), ("BEGIN", "END"), ("OPEN", "CLOSE"), ("PREFIX", "SUFFIX")):
+        marks |= {mark.replace(start, end), mark.replace(start.lower(), end.lower())}
+    return marks - {mark}
+
+
+class ReplyEnd(NamedTuple):
+    """What a template writes after an answer: marks, and the special token that ends the turn."""
+
+    answer_end: str = ""
+    token: str = ""
+
+
+def reply_end(probe: TemplateProbe, format: ThoughtFormat) -> ReplyEnd:
+    """Return what the template writes after an answer, up to a token that no part of a reply has.
+
+    Of Kimi K3's template this is
+
+        walnutshell<|close|>response<|sep|><|close|>message<|sep|><|end_of_msg|>
+        ` answer  '`------------------ answer_end ---------------'`-- token ---'
+    """
+    marks = [part for mark in format[:3] for part in split_mark(mark)]
+    added = sorted(probe.template.added_tokens.values(), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, added)) or "(?!)")
+    for more in ([], [QUESTION]):
+        text = probe.reply({}, more=more)
+        after = text.partition(PROBE_ANSWER)[2].partition(PROBE_QUESTION)[0]
+        if not pattern.match(after.lstrip()):
+            continue
+        for token in pattern.finditer(after):
+            if token[0] not in marks:
+                return ReplyEnd(after[: token.start()], token[0])
+        if not more and not pattern.sub("", after).strip():
+            return ReplyEnd(after)
+    return ReplyEnd()
 
 
 class ThoughtDetector:
@@ -3982,49 +4020,9 @@ class ThoughtDetector:
         return ThoughtFormat(start + "\n", "\n" + end + "\n\n")
 
 
-def possible_end_marks(mark: str) -> set[str]:
-    """Return the marks that may close what a mark opens: `</think>`, `<|/think|>`, `<channel|>`."""
-    marks = {mark[0] + "/" + mark[1:], mark.replace("<|", "<|/")}
-    marks.add(re.sub(r"^<\|(.*[^|])>$", r"<\1|>", mark))
-    for start, end in (("START", "END"), ("BEGIN", "END"), ("OPEN", "CLOSE"), ("PREFIX", "SUFFIX")):
-        marks |= {mark.replace(start, end), mark.replace(start.lower(), end.lower())}
-    return marks - {mark}
-
-
 def detect_thoughts(template: ChatTemplate) -> ThoughtFormat:
     """Return how a model marks its thoughts, by its template alone."""
     return ThoughtDetector(template).detect()
-
-
-class ReplyEnd(NamedTuple):
-    """What a template writes after an answer: marks, and the special token that ends the turn."""
-
-    answer_end: str = ""
-    token: str = ""
-
-
-def reply_end(probe: TemplateProbe, format: ThoughtFormat) -> ReplyEnd:
-    """Return what the template writes after an answer, up to a token that no part of a reply has.
-
-    Of Kimi K3's template this is
-
-        walnutshell<|close|>response<|sep|><|close|>message<|sep|><|end_of_msg|>
-        ` answer  '`------------------ answer_end ---------------'`-- token ---'
-    """
-    marks = [part for mark in format[:3] for part in split_mark(mark)]
-    added = sorted(probe.template.added_tokens.values(), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, added)) or "(?!)")
-    for more in ([], [QUESTION]):
-        text = probe.reply({}, more=more)
-        after = text.partition(PROBE_ANSWER)[2].partition(PROBE_QUESTION)[0]
-        if not pattern.match(after.lstrip()):
-            continue
-        for token in pattern.finditer(after):
-            if token[0] not in marks:
-                return ReplyEnd(after[: token.start()], token[0])
-        if not more and not pattern.sub("", after).strip():
-            return ReplyEnd(after)
-    return ReplyEnd()
 
 
 def end_of_turn_ids(template: ChatTemplate, format: ThoughtFormat) -> set[int]:
@@ -4076,6 +4074,7 @@ DEGREES = {
     **dict.fromkeys(("xhigh", "very_high", "extra_high"), 5),
     **dict.fromkeys(("max", "maximum"), 6),
 }
+
 # A variable with such a word in its name turns off what others turn on.
 NEGATION = re.compile(r"(^|_)(no|not|disable|skip|hide|without)(_|$)", re.IGNORECASE)
 
@@ -4237,7 +4236,7 @@ class ThinkingOptions:
                 self._on.update(nearest_choice(choices, DEGREES["medium"]).variables)
 
     def _usual_choices(self, name: str, values: Sequence[Any]) -> list[Choice]:
-        """Return the usual words that a template knows for a variable without naming them beside it.
+        """Return the usual words for a variable that a template knows and does not name beside it.
 
         It does something else with them than with a made-up word, or it writes any word as it is.
         """
@@ -5084,14 +5083,12 @@ MAX_NESTING = 50
 
 # The byte order marks that a text in UTF-16 begins with.
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
 STDIN_TOO_LARGE_MESSAGE = (
     f"Standard input holds more than {MAX_TEXT_BYTES} bytes: no model can take that."
 )
 
 # Standard input that has not ended after this time is said to be waited for.
 STDIN_NOTICE_AFTER_S = 1.0
-
 DAY_S = 24 * 60 * 60
 
 
@@ -5113,6 +5110,17 @@ def decode_text(data: bytes, first_line: int = 1) -> str:
         line = first_line + before.count("\n")
         raise ValueError(f"line {line} holds a NUL character")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Return the path itself if it is there, or else the files that match. Raises `ChatError`."""
+    path = os.path.expanduser(pattern)
+    if os.path.exists(path):
+        return [path]
+    names = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    if not names:
+        raise ChatError(f"There is no file {shorten(pattern)}: nothing is added.")
+    return names
 
 
 def read_texts(patterns: Iterable[str]) -> dict[str, str]:
@@ -5138,15 +5146,22 @@ def read_texts(patterns: Iterable[str]) -> dict[str, str]:
     return texts
 
 
-def matching_files(pattern: str) -> list[str]:
-    """Return the path itself if it is there, or else the files that match. Raises `ChatError`."""
-    path = os.path.expanduser(pattern)
-    if os.path.exists(path):
-        return [path]
-    names = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-    if not names:
-        raise ChatError(f"There is no file {shorten(pattern)}: nothing is added.")
-    return names
+def read_standard_input(stdin: TextIO, notice: Callable[[str], None]) -> str:
+    """Return the text of standard input, up to its end. Raises `ChatError`."""
+    data = bytearray()
+    notice_at_s = time.monotonic() + STDIN_NOTICE_AFTER_S
+    notice_given = False
+    while len(data) <= MAX_TEXT_BYTES:
+        wait_s = None if notice_given else max(0.0, notice_at_s - time.monotonic())
+        if not select.select([stdin], [], [], wait_s)[0]:
+            notice("Standard input is read up to its end: `< /dev/null` leaves it out.")
+            notice_given = True
+        elif part := os.read(stdin.fileno(), 1 << 20):
+            data += part
+        else:
+            with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
+                return decode_text(bytes(data))
+    raise ChatError(STDIN_TOO_LARGE_MESSAGE)
 
 
 def one_shot_prompt(
@@ -5174,24 +5189,6 @@ def one_shot_prompt(
     if not prompt.strip():
         raise ChatError("There is nothing to reply to: give -p a text, or pipe one in.")
     return prompt
-
-
-def read_standard_input(stdin: TextIO, notice: Callable[[str], None]) -> str:
-    """Return the text of standard input, up to its end. Raises `ChatError`."""
-    data = bytearray()
-    notice_at_s = time.monotonic() + STDIN_NOTICE_AFTER_S
-    notice_given = False
-    while len(data) <= MAX_TEXT_BYTES:
-        wait_s = None if notice_given else max(0.0, notice_at_s - time.monotonic())
-        if not select.select([stdin], [], [], wait_s)[0]:
-            notice("Standard input is read up to its end: `< /dev/null` leaves it out.")
-            notice_given = True
-        elif part := os.read(stdin.fileno(), 1 << 20):
-            data += part
-        else:
-            with explain_errors("Standard input is no text", "Convert it to UTF-8.", ValueError):
-                return decode_text(bytes(data))
-    raise ChatError(STDIN_TOO_LARGE_MESSAGE)
 
 
 class PipedLines:
@@ -5227,6 +5224,15 @@ class PipedLines:
             self._stream = io.BytesIO(decode_text(data).encode())
 
 
+def copy_mode_and_owner(path: Path, file: io.FileIO) -> None:
+    """Give a new file what the file that it replaces has. Raises `OSError`."""
+    info = path.stat()
+    os.fchmod(file.fileno(), info.st_mode & 0o777)
+    # After sudo the user is still to have the file. Nobody but root can give files away.
+    if os.geteuid() == 0:
+        os.fchown(file.fileno(), info.st_uid, info.st_gid)
+
+
 def replace_file(
     path: Path, data: bytes, *, locked: bool = False, not_before_s: float = 0.0
 ) -> io.FileIO:
@@ -5260,15 +5266,6 @@ def replace_file(
     return file
 
 
-def copy_mode_and_owner(path: Path, file: io.FileIO) -> None:
-    """Give a new file what the file that it replaces has. Raises `OSError`."""
-    info = path.stat()
-    os.fchmod(file.fileno(), info.st_mode & 0o777)
-    # After sudo the user is still to have the file. Nobody but root can give files away.
-    if os.geteuid() == 0:
-        os.fchown(file.fileno(), info.st_uid, info.st_gid)
-
-
 def has_name(file: io.FileIO, path: Path) -> bool:
     """Tell if an open file still is the one at this path, and was not replaced."""
     try:
@@ -5280,12 +5277,21 @@ def has_name(file: io.FileIO, path: Path) -> bool:
 def is_private(path: Path) -> bool:
     """Tell if a plain file and its folder are the user's own, and nobody else can write to them."""
     try:
-        file, folder = path.lstat(), path.parent.stat()
+        file = path.lstat()
+        folder = path.parent.stat()
     except FileNotFoundError:
         return False
     return stat.S_ISREG(file.st_mode) and all(
         info.st_uid == os.geteuid() and not info.st_mode & 0o022 for info in (file, folder)
     )
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number of one who has no name here."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def access_problem(path: Path) -> str:
@@ -5301,14 +5307,6 @@ def access_problem(path: Path) -> str:
     if not os.access(place, os.W_OK):
         return f"{place} can't be written to"
     return ""
-
-
-def user_name(uid: int) -> str:
-    """Return the name of a user, or the number of one who has no name here."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
 
 
 def unsaved_warning(places: dict[str, Path]) -> str:
@@ -5381,6 +5379,17 @@ def nesting_depth(value: object) -> int:
     return depth
 
 
+def check_message(message: object, roles: Sequence[str]) -> None:
+    """Raise `ValueError` if a JSON value is no message with one of the roles."""
+    if not isinstance(message, dict) or message.get("role") not in roles:
+        raise ValueError(f"this is no message with the role {' or '.join(roles)}")
+    texts = (message.get("content"), message.get("reasoning_content", ""))
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its content is no text")
+    if nesting_depth(message) > MAX_NESTING:
+        raise ValueError("it is nested too deep")
+
+
 def parse_session(data: bytes) -> list[Message]:
     """Return the messages of JSON Lines with all their keys; blank lines are nothing.
 
@@ -5399,17 +5408,6 @@ def parse_session(data: bytes) -> list[Message]:
         messages.append(message)
         roles = ["assistant"] if message["role"] == "user" else ["user"]
     return messages
-
-
-def check_message(message: object, roles: Sequence[str]) -> None:
-    """Raise `ValueError` if a JSON value is no message with one of the roles."""
-    if not isinstance(message, dict) or message.get("role") not in roles:
-        raise ValueError(f"this is no message with the role {' or '.join(roles)}")
-    texts = (message.get("content"), message.get("reasoning_content", ""))
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("its content is no text")
-    if nesting_depth(message) > MAX_NESTING:
-        raise ValueError("it is nested too deep")
 
 
 class SessionInUseError(ChatError):
@@ -5502,6 +5500,12 @@ class OpenedChat(NamedTuple):
 
     session: SessionFile
     model: str
+
+
+def describe_moment(moment: datetime) -> str:
+    """Return a day and a time as they are shown."""
+    day = "today" if moment.date() == datetime.now().date() else str(moment.date())
+    return f"{day}, {moment:%H:%M}"
 
 
 class SavedChats:
@@ -5668,12 +5672,6 @@ class SavedChats:
         prompts = [message["content"] for message in messages if message["role"] == "user"]
         turns = "1 turn" if len(prompts) == 1 else f"{len(prompts)} turns"
         return turns, shorten(" ".join(prompts[:1]), 50)
-
-
-def describe_moment(moment: datetime) -> str:
-    """Return a day and a time as they are shown."""
-    day = "today" if moment.date() == datetime.now().date() else str(moment.date())
-    return f"{day}, {moment:%H:%M}"
 
 
 class PromptHistory:
@@ -6242,7 +6240,6 @@ AFTER_ESCAPE = b"\r\nbfd\x7f[O"
 
 # An Esc that is pressed this soon after a reply has ended was meant to stop the reply.
 LATE_ESCAPE_S = 1.0
-
 ESCAPE = b"\x1b"
 CTRL_D = b"\x04"
 ENTERS = (b"\r", b"\n")
@@ -6382,6 +6379,66 @@ RXVT_MODIFIERS = {
 }
 
 
+def editing_key(key: Key | None, modifiers: Modifiers) -> bytes:
+    """Return the sequence of what a key with modifiers means."""
+    if key is None:
+        return b""
+    by_words = {
+        Key.LEFT: Key.WORD_LEFT,
+        Key.RIGHT: Key.WORD_RIGHT,
+        Key.DELETE: Key.DELETE_WORD,
+    }
+    by_lines = {Key.LEFT: Key.HOME, Key.RIGHT: Key.END}
+    if modifiers & (Modifiers.ALT | Modifiers.CTRL):
+        key = by_words.get(key, key)
+    elif modifiers & (Modifiers.SUPER | Modifiers.META):
+        key = by_lines.get(key, key)
+    return key.sequence
+
+
+def text_key(char: str, modifiers: Modifiers) -> bytes:
+    """Return the bytes of a printable character that was typed with modifiers."""
+    capital = char.upper()
+    data = (capital if modifiers & Modifiers.SHIFT else char).encode()
+    if modifiers & Modifiers.CTRL:
+        if not "@" <= capital <= "_":
+            return b""
+        data = bytes([ord(capital) & 0x1F])
+    return ESCAPE + data if modifiers & Modifiers.ALT else data
+
+
+def character_key(code: int, modifiers: Modifiers) -> bytes:
+    """Return the bytes of a key that is a character, as a terminal without CSI u sends it."""
+    if code in (ord("\r"), KEYPAD_ENTER):
+        return ALT_ENTER if modifiers else b"\r"
+    if code in (ord("\b"), BACKSPACE[0]):
+        by_words = modifiers & (Modifiers.ALT | Modifiers.CTRL)
+        return ESCAPE + BACKSPACE if by_words else BACKSPACE
+    if code in (ord("\t"), ESCAPE[0]):
+        return b"" if modifiers else bytes([code])
+    is_for_the_desktop = modifiers & (Modifiers.SUPER | Modifiers.HYPER | Modifiers.META)
+    if is_for_the_desktop or code > sys.maxunicode or not chr(code).isprintable():
+        return b""
+    return text_key(chr(code), modifiers)
+
+
+def letter_key(kind: bytes, letter: bytes, modifiers: Modifiers) -> bytes:
+    """Return what a queue holds for a CSI or SS3 sequence that ends in a letter."""
+    if kind == b"O" and letter[0] in KEYPAD:
+        return character_key(KEYPAD[letter[0]], modifiers)
+    # Rxvt sends small letters for arrows: "ESC O d" with Ctrl, "ESC [ d" with Shift.
+    if b"a" <= letter <= b"d":
+        modifiers |= Modifiers.CTRL if kind == b"O" else Modifiers.SHIFT
+        letter = letter.upper()
+    return editing_key(KEYS_BY_LETTER.get(letter), modifiers)
+
+
+def parse_modifiers(number: int) -> Modifiers:
+    """Return the modifiers that a parameter of a sequence stands for; a lock is none."""
+    all_modifiers = 2 * Modifiers.META - 1
+    return Modifiers(max(0, number - 1) & all_modifiers)
+
+
 def key_bytes(sequence: bytes) -> bytes:
     """Return what a queue holds for a key's CSI or SS3 sequence.
 
@@ -6412,64 +6469,11 @@ def key_bytes(sequence: bytes) -> bytes:
     return letter_key(kind, last, modifiers)
 
 
-def letter_key(kind: bytes, letter: bytes, modifiers: Modifiers) -> bytes:
-    """Return what a queue holds for a CSI or SS3 sequence that ends in a letter."""
-    if kind == b"O" and letter[0] in KEYPAD:
-        return character_key(KEYPAD[letter[0]], modifiers)
-    # Rxvt sends small letters for arrows: "ESC O d" with Ctrl, "ESC [ d" with Shift.
-    if b"a" <= letter <= b"d":
-        modifiers |= Modifiers.CTRL if kind == b"O" else Modifiers.SHIFT
-        letter = letter.upper()
-    return editing_key(KEYS_BY_LETTER.get(letter), modifiers)
-
-
-def parse_modifiers(number: int) -> Modifiers:
-    """Return the modifiers that a parameter of a sequence stands for; a lock is none."""
-    all_modifiers = 2 * Modifiers.META - 1
-    return Modifiers(max(0, number - 1) & all_modifiers)
-
-
-def editing_key(key: Key | None, modifiers: Modifiers) -> bytes:
-    """Return the sequence of what a key with modifiers means."""
-    if key is None:
-        return b""
-    by_words = {
-        Key.LEFT: Key.WORD_LEFT,
-        Key.RIGHT: Key.WORD_RIGHT,
-        Key.DELETE: Key.DELETE_WORD,
-    }
-    by_lines = {Key.LEFT: Key.HOME, Key.RIGHT: Key.END}
-    if modifiers & (Modifiers.ALT | Modifiers.CTRL):
-        key = by_words.get(key, key)
-    elif modifiers & (Modifiers.SUPER | Modifiers.META):
-        key = by_lines.get(key, key)
-    return key.sequence
-
-
-def character_key(code: int, modifiers: Modifiers) -> bytes:
-    """Return the bytes of a key that is a character, as a terminal without CSI u sends it."""
-    if code in (ord("\r"), KEYPAD_ENTER):
-        return ALT_ENTER if modifiers else b"\r"
-    if code in (ord("\b"), BACKSPACE[0]):
-        by_words = modifiers & (Modifiers.ALT | Modifiers.CTRL)
-        return ESCAPE + BACKSPACE if by_words else BACKSPACE
-    if code in (ord("\t"), ESCAPE[0]):
-        return b"" if modifiers else bytes([code])
-    is_for_the_desktop = modifiers & (Modifiers.SUPER | Modifiers.HYPER | Modifiers.META)
-    if is_for_the_desktop or code > sys.maxunicode or not chr(code).isprintable():
-        return b""
-    return text_key(chr(code), modifiers)
-
-
-def text_key(char: str, modifiers: Modifiers) -> bytes:
-    """Return the bytes of a printable character that was typed with modifiers."""
-    capital = char.upper()
-    data = (capital if modifiers & Modifiers.SHIFT else char).encode()
-    if modifiers & Modifiers.CTRL:
-        if not "@" <= capital <= "_":
-            return b""
-        data = bytes([ord(capital) & 0x1F])
-    return ESCAPE + data if modifiers & Modifiers.ALT else data
+def mark_long_runs(data: bytes) -> bytes:
+    """Return the data with the marks of a paste around each run that is too long to be typed."""
+    if PASTE_START in data:
+        return data
+    return LONG_RUN.sub(PASTE_START + rb"\g<0>" + PASTE_END, data)
 
 
 class KeyQueue:
@@ -6597,13 +6601,6 @@ class KeyQueue:
             self._items[-1] = last + keys
         elif keys:
             self._items.append(keys)
-
-
-def mark_long_runs(data: bytes) -> bytes:
-    """Return the data with the marks of a paste around each run that is too long to be typed."""
-    if PASTE_START in data:
-        return data
-    return LONG_RUN.sub(PASTE_START + rb"\g<0>" + PASTE_END, data)
 
 
 # The most bytes that the line editor is given at once.
@@ -7442,9 +7439,6 @@ COMMANDS_ELSEWHERE = {
     "/new": "/clear",
     "/regenerate": "/retry",
 }
-
-LEAVE_WORDS = ("quit", "bye", "exit")
-
 SLASH_HINT = "To send a line that starts with /, type //."
 
 
@@ -7481,6 +7475,54 @@ def find_command(line: str) -> tuple[Command, str]:
     return found, text
 
 
+def matching_paths(start: str) -> list[str]:
+    """Return the paths that begin like this, folders with a slash.
+
+    A name that would change the line it is put into is left out: it holds a newline, a tab or a
+    control character.
+    """
+    folder = start[: start.rfind("/") + 1]
+    paths = []
+    for path in sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*")):
+        name = os.path.basename(path)
+        if strip_control_characters(name) == name and not re.search(r"[\n\t]", name):
+            paths.append(folder + name + ("/" if os.path.isdir(path) else ""))
+    return paths
+
+
+# A word of a shell's line: escaped and plain characters, and quoted parts, which may be unclosed.
+SHELL_WORD = re.compile(
+    r"""(?:\\(?:.|\Z)|'[^']*(?:'|\Z)|"(?:\\.|[^"\\])*(?:"|\\?\Z)|[^\s'"\\])+""", re.DOTALL
+)
+
+
+def quote_path(path: str, quote_mark: str) -> str:
+    """Return a path as a shell takes it. In quotes, that of a folder is left open to go on."""
+    if quote_mark == "'":
+        path = "'" + path.replace("'", "'\\''")
+    elif quote_mark == '"':
+        path = '"' + re.sub(r'(["\\])', r"\\\1", path)
+    else:
+        return re.sub(r"""([\s'"\\])""", r"\\\1", path)
+    return path if path.endswith("/") else path + quote_mark
+
+
+def complete_last_path(words: str) -> list[str]:
+    """Return what paths as a shell takes them may become if the last one is completed."""
+    last_word = ""
+    for match in SHELL_WORD.finditer(words):
+        if match.end() == len(words):
+            last_word = match[0]
+    before = words[: len(words) - len(last_word)]
+    quote_mark = last_word[:1] if last_word[:1] in ("'", '"') else ""
+    try:
+        (start,) = shlex.split(last_word + quote_mark) or [""]
+    except ValueError:
+        # The word ends in an escape, or in a quoted part that is not all of it.
+        return []
+    return [before + quote_path(path, quote_mark) for path in matching_paths(start)]
+
+
 def completions(line: str) -> list[str]:
     """Return the lines that Tab may make of a line's beginning.
 
@@ -7505,54 +7547,6 @@ def completions(line: str) -> list[str]:
     elif word == "/file":
         candidates = [f"/file {paths}" for paths in complete_last_path(rest)]
     return [candidate for candidate in candidates if candidate.startswith(line)]
-
-
-def matching_paths(start: str) -> list[str]:
-    """Return the paths that begin like this, folders with a slash.
-
-    A name that would change the line it is put into is left out: it holds a newline, a tab or a
-    control character.
-    """
-    folder = start[: start.rfind("/") + 1]
-    paths = []
-    for path in sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*")):
-        name = os.path.basename(path)
-        if strip_control_characters(name) == name and not re.search(r"[\n\t]", name):
-            paths.append(folder + name + ("/" if os.path.isdir(path) else ""))
-    return paths
-
-
-# A word of a shell's line: escaped and plain characters, and quoted parts, which may be unclosed.
-SHELL_WORD = re.compile(
-    r"""(?:\\(?:.|\Z)|'[^']*(?:'|\Z)|"(?:\\.|[^"\\])*(?:"|\\?\Z)|[^\s'"\\])+""", re.DOTALL
-)
-
-
-def complete_last_path(words: str) -> list[str]:
-    """Return what paths as a shell takes them may become if the last one is completed."""
-    last_word = ""
-    for match in SHELL_WORD.finditer(words):
-        if match.end() == len(words):
-            last_word = match[0]
-    before = words[: len(words) - len(last_word)]
-    quote_mark = last_word[:1] if last_word[:1] in ("'", '"') else ""
-    try:
-        (start,) = shlex.split(last_word + quote_mark) or [""]
-    except ValueError:
-        # The word ends in an escape, or in a quoted part that is not all of it.
-        return []
-    return [before + quote_path(path, quote_mark) for path in matching_paths(start)]
-
-
-def quote_path(path: str, quote_mark: str) -> str:
-    """Return a path as a shell takes it. In quotes, that of a folder is left open to go on."""
-    if quote_mark == "'":
-        path = "'" + path.replace("'", "'\\''")
-    elif quote_mark == '"':
-        path = '"' + re.sub(r'(["\\])', r"\\\1", path)
-    else:
-        return re.sub(r"""([\s'"\\])""", r"\\\1", path)
-    return path if path.endswith("/") else path + quote_mark
 
 
 def put_in_clipboard(text: str, screen: Screen) -> str:
@@ -7663,6 +7657,17 @@ def system_prompt(chat: Chat, text: str) -> None:
         chat.screen.write(f"{strip_control_characters(shown)}\n")
 
 
+def settings_table(settings: Settings, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return a row for each setting that may be changed in a chat: key, value, source."""
+    rows = []
+    for name in names:
+        if OPTIONS[name].scope is Scope.CHAT:
+            value = strip_control_characters(format_value(getattr(settings, name)))
+            source = settings.sources.get(name, "default")
+            rows.append((name.replace("_", "-"), value, source))
+    return rows
+
+
 @command("/set", "[KEY VALUE]")
 def change_setting(chat: Chat, text: str) -> None:
     """List the settings, show one, or change it; the value default puts it back."""
@@ -7692,17 +7697,6 @@ def change_setting(chat: Chat, text: str) -> None:
             chat.conversation.seed(settings.seed)
         if name == "think" and (note := chat.conversation.thinking_note()):
             chat.screen.notice(note)
-
-
-def settings_table(settings: Settings, names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return a row for each setting that may be changed in a chat: key, value, source."""
-    rows = []
-    for name in names:
-        if OPTIONS[name].scope is Scope.CHAT:
-            value = strip_control_characters(format_value(getattr(settings, name)))
-            source = settings.sources.get(name, "default")
-            rows.append((name.replace("_", "-"), value, source))
-    return rows
 
 
 @command("/stats", "[on|off]")
@@ -7746,6 +7740,10 @@ def edit(chat: Chat, text: str) -> None:
     chat.draft = edited
 
 
+# A block of code between fences: its fence and its text.
+CODE_BLOCK = re.compile(r"^(```+|~~~+).*\n((?:.*\n)*?)\1", re.MULTILINE)
+
+
 @command("/copy", "[code [N]]")
 def copy_answer(chat: Chat, text: str) -> None:
     """Copy the last answer, or its last or Nth block of code."""
@@ -7762,10 +7760,6 @@ def copy_answer(chat: Chat, text: str) -> None:
     if chat.hosts.rank:
         return
     chat.screen.notice(put_in_clipboard(parts[text], chat.screen))
-
-
-# A block of code between fences: its fence and its text.
-CODE_BLOCK = re.compile(r"^(```+|~~~+).*\n((?:.*\n)*?)\1", re.MULTILINE)
 
 
 @command("/save", "FILE")
@@ -7805,6 +7799,7 @@ def show_or_change_model(chat: Chat, text: str) -> None:
 
 # The last lines of a prompt that are shown of a conversation that is continued.
 MAX_SHOWN_LINES = 10
+
 # The first prompt waits this long for what the user should know about the model.
 MAX_NOTE_WAIT_S = 0.1
 
@@ -7966,6 +7961,12 @@ class Autosave:
             self.session.close()
         self.session = SessionFile(self._last_path)
         self._last_path = None
+
+
+def show_traceback_if_debugging() -> None:
+    """Show where an error came from if `LLMCHAT_DEBUG` is set, beside its sentence."""
+    if os.environ.get("LLMCHAT_DEBUG"):
+        traceback.print_exc()
 
 
 class Chat:
@@ -8328,41 +8329,45 @@ def open_session(
     return session, messages, draft
 
 
-def run(
+def can_save(
+    saved_chats: SavedChats,
+    saves_chats: bool,
     settings: Settings,
     screen: Screen,
     editor: LineEditor,
-    hosts: Hosts,
-    signals: Signals,
-    engine: Engine,
-) -> int:
-    """Do what the command line asks for; return the exit status. Raises `ChatError`."""
-    saved_chats = SavedChats(Path(os.path.expanduser(CHATS_FOLDER)))
-    if settings.chats:
-        rows = saved_chats.rows()
-        screen.write(format_table(rows) or f"There are no saved chats in {saved_chats.folder}.\n")
-        return 0
-    prompt = None
-    if settings.prompt is not None:
-        prompt = one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1, screen.notice)
-    elif notice := folder_config_notice(settings):
-        screen.notice(notice)
-    is_chat_on_terminal = editor.interactive and prompt is None
-    if is_chat_on_terminal:
-        # Before the model loads: keys that are typed meanwhile wait for the prompt.
-        editor.open(completions, signals.request_stop)
-    chat = open_chat(settings, screen, editor, hosts, signals, engine, saved_chats)
-    with contextlib.closing(chat):
-        if not (is_chat_on_terminal and settings.read_ahead):
-            chat.conversation.warm_up()
-            chat.show_notes()
-        if prompt is not None:
-            return chat.answer_once(prompt)
-        welcome(chat)
-        if is_chat_on_terminal:
-            signals.start_chat()
-        chat.run()
-    return 1 if chat.has_failed and not editor.interactive else 0
+) -> bool:
+    """Return whether chats can be saved; say it once if the home can't hold what it should."""
+    places = {}
+    if saves_chats:
+        places["chats"] = saved_chats.folder
+    if editor.interactive and settings.keep is not False and settings.prompt is None:
+        places["prompts"] = Path(os.path.expanduser(HISTORY_FILE))
+    if warning := unsaved_warning(places):
+        screen.notice(warning)
+    return not access_problem(saved_chats.folder)
+
+
+def will_save_chats(settings: Settings, screen: Screen, hosts: Hosts) -> bool:
+    """Return whether what has no session file of its own is saved among the user's chats."""
+    if settings.prompt is not None or hosts.rank:
+        return False
+    if settings.keep is not None:
+        return settings.keep or settings.resume
+    # A chat that is piped in is only saved if that was asked for.
+    is_typed = sys.stdin.isatty() or screen.interactive
+    return is_typed or settings.resume or settings.session is not None
+
+
+def new_files(settings: Settings, messages: Sequence[Message]) -> dict[str, str]:
+    """Return the texts of the files of the command line that the conversation has not got yet.
+
+    So the same command on the same session can ask again about a document.
+    """
+    earlier = ""
+    if settings.history:
+        earlier = "\n".join(message["content"] for message in messages)
+    texts = read_texts(settings.file)
+    return {path: text for path, text in texts.items() if text not in earlier}
 
 
 def open_chat(
@@ -8413,45 +8418,41 @@ def open_chat(
     )
 
 
-def can_save(
-    saved_chats: SavedChats,
-    saves_chats: bool,
+def run(
     settings: Settings,
     screen: Screen,
     editor: LineEditor,
-) -> bool:
-    """Return whether chats can be saved; say it once if the home can't hold what it should."""
-    places = {}
-    if saves_chats:
-        places["chats"] = saved_chats.folder
-    if editor.interactive and settings.keep is not False and settings.prompt is None:
-        places["prompts"] = Path(os.path.expanduser(HISTORY_FILE))
-    if warning := unsaved_warning(places):
-        screen.notice(warning)
-    return not access_problem(saved_chats.folder)
-
-
-def will_save_chats(settings: Settings, screen: Screen, hosts: Hosts) -> bool:
-    """Return whether what has no session file of its own is saved among the user's chats."""
-    if settings.prompt is not None or hosts.rank:
-        return False
-    if settings.keep is not None:
-        return settings.keep or settings.resume
-    # A chat that is piped in is only saved if that was asked for.
-    is_typed = sys.stdin.isatty() or screen.interactive
-    return is_typed or settings.resume or settings.session is not None
-
-
-def new_files(settings: Settings, messages: Sequence[Message]) -> dict[str, str]:
-    """Return the texts of the files of the command line that the conversation has not got yet.
-
-    So the same command on the same session can ask again about a document.
-    """
-    earlier = ""
-    if settings.history:
-        earlier = "\n".join(message["content"] for message in messages)
-    texts = read_texts(settings.file)
-    return {path: text for path, text in texts.items() if text not in earlier}
+    hosts: Hosts,
+    signals: Signals,
+    engine: Engine,
+) -> int:
+    """Do what the command line asks for; return the exit status. Raises `ChatError`."""
+    saved_chats = SavedChats(Path(os.path.expanduser(CHATS_FOLDER)))
+    if settings.chats:
+        rows = saved_chats.rows()
+        screen.write(format_table(rows) or f"There are no saved chats in {saved_chats.folder}.\n")
+        return 0
+    prompt = None
+    if settings.prompt is not None:
+        prompt = one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1, screen.notice)
+    elif notice := folder_config_notice(settings):
+        screen.notice(notice)
+    is_chat_on_terminal = editor.interactive and prompt is None
+    if is_chat_on_terminal:
+        # Before the model loads: keys that are typed meanwhile wait for the prompt.
+        editor.open(completions, signals.request_stop)
+    chat = open_chat(settings, screen, editor, hosts, signals, engine, saved_chats)
+    with contextlib.closing(chat):
+        if not (is_chat_on_terminal and settings.read_ahead):
+            chat.conversation.warm_up()
+            chat.show_notes()
+        if prompt is not None:
+            return chat.answer_once(prompt)
+        welcome(chat)
+        if is_chat_on_terminal:
+            signals.start_chat()
+        chat.run()
+    return 1 if chat.has_failed and not editor.interactive else 0
 
 
 def repair_standard_streams() -> None:
@@ -8492,26 +8493,29 @@ def open_terminal(hosts: Hosts, settings: Settings) -> Iterator[tuple[Screen, Li
         editor.close()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the one place where errors become exit statuses.
+def shared_settings(argv: Sequence[str] | None, hosts: Hosts, engine: Engine) -> Settings:
+    """Return the settings of rank 0, on every host."""
+    values: Any = None
+    if hosts.rank == 0:
+        values = vars(read_settings(argv))
+    if hosts.size > 1:
+        values = engine.call(hosts.broadcast, values)
+    return Settings(**values)
 
-    If a model was loaded, this ends the process (see `Engine.end_process`).
-    """
-    if sys.version_info < (3, 9):
-        needed = "Python 3.9 or newer is needed: there is no MLX for this one."
-        print(f"llmchat: error: {needed}", file=sys.stderr)
-        return 1
-    repair_standard_streams()
-    engine = Engine()
-    try:
-        status = run_with_signals(argv, engine)
-    except BaseException:
-        if not engine.was_used:
-            raise
-        traceback.print_exc()
-        status = 1
-    engine.end_process(status)
-    return status
+
+# How long other hosts than rank 0 wait before they say an error.
+OTHER_HOST_DELAY_S = 10.0
+
+
+def show_last_error(message: str, hosts: Hosts) -> None:
+    """Show the error that ends the program."""
+    if hosts.rank:
+        # An error that all hosts have met is said once: when rank 0 has ended, the launcher ends
+        # the others.
+        time.sleep(OTHER_HOST_DELAY_S)
+        message = f"On {os.uname().nodename}: {message}"
+    screen = Screen(sys.stdout, sys.stderr, interactive=False)
+    screen.notice(f"llmchat: error: {message}", RED)
 
 
 def run_with_signals(argv: Sequence[str] | None, engine: Engine) -> int:
@@ -8553,35 +8557,26 @@ def run_with_signals(argv: Sequence[str] | None, engine: Engine) -> int:
     return signals.exit_status or status
 
 
-def show_traceback_if_debugging() -> None:
-    """Show where an error came from if `LLMCHAT_DEBUG` is set, beside its sentence."""
-    if os.environ.get("LLMCHAT_DEBUG"):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; the one place where errors become exit statuses.
+
+    If a model was loaded, this ends the process (see `Engine.end_process`).
+    """
+    if sys.version_info < (3, 9):
+        needed = "Python 3.9 or newer is needed: there is no MLX for this one."
+        print(f"llmchat: error: {needed}", file=sys.stderr)
+        return 1
+    repair_standard_streams()
+    engine = Engine()
+    try:
+        status = run_with_signals(argv, engine)
+    except BaseException:
+        if not engine.was_used:
+            raise
         traceback.print_exc()
-
-
-def shared_settings(argv: Sequence[str] | None, hosts: Hosts, engine: Engine) -> Settings:
-    """Return the settings of rank 0, on every host."""
-    values: Any = None
-    if hosts.rank == 0:
-        values = vars(read_settings(argv))
-    if hosts.size > 1:
-        values = engine.call(hosts.broadcast, values)
-    return Settings(**values)
-
-
-# How long other hosts than rank 0 wait before they say an error.
-OTHER_HOST_DELAY_S = 10.0
-
-
-def show_last_error(message: str, hosts: Hosts) -> None:
-    """Show the error that ends the program."""
-    if hosts.rank:
-        # An error that all hosts have met is said once: when rank 0 has ended, the launcher ends
-        # the others.
-        time.sleep(OTHER_HOST_DELAY_S)
-        message = f"On {os.uname().nodename}: {message}"
-    screen = Screen(sys.stdout, sys.stderr, interactive=False)
-    screen.notice(f"llmchat: error: {message}", RED)
+        status = 1
+    engine.end_process(status)
+    return status
 
 
 if __name__ == "__main__":
