@@ -179,6 +179,15 @@ def error_text(error: BaseException) -> str:
     return shorten(text).rstrip(".") or type(error).__name__
 
 
+def quote_error(error: BaseException) -> str:
+    """Return an error's own text for a sentence of ours, in quotes unless it is the system's or ours.
+
+    The words of a library, or of a model's template, may say anything.
+    """
+    text = error_text(error)
+    return text if isinstance(error, (OSError, ValueError)) else f'"{text}"'
+
+
 @contextlib.contextmanager
 def explain_errors(
     what: str,
@@ -196,7 +205,7 @@ def explain_errors(
     except ChatError:
         raise
     except expected as error:
-        sentence = f"{what}: {error_text(error)}. {advice}"
+        sentence = f"{what}: {quote_error(error)}. {advice}"
         raise error_type(sentence.rstrip(), status) from error
 
 
@@ -1818,7 +1827,7 @@ class ChatTemplate:
         except Exception as error:
             raise ChatError(
                 f"The chat template of {self.name} can't render this model's prompts: "
-                f"{error_text(error)}. Name another model."
+                f"{quote_error(error)}. Name another model."
             ) from error
         if PROBE_QUESTION not in text:
             raise ChatError(
@@ -1844,7 +1853,7 @@ class ChatTemplate:
         except Exception as error:
             raise ChatError(
                 f"The chat template of {self.name} can't render this conversation: "
-                f"{error_text(error)}. Leave out the system prompt, or take turns back with /undo."
+                f"{quote_error(error)}. Leave out the system prompt, or take turns back with /undo."
             ) from error
         if len(text) > MAX_CHARACTERS:
             raise ChatError(
@@ -1956,7 +1965,7 @@ class ChatTemplate:
         # The panic of a Rust library is no `Exception`.
         except BaseException as error:
             raise ChatError(
-                f"The tokenizer of {self.name} fails: {error_text(error)}. Name another model."
+                f"The tokenizer of {self.name} fails: {quote_error(error)}. Name another model."
             ) from error
 
     @functools.cached_property
@@ -2736,7 +2745,7 @@ def load_error_message(
     found: ModelFiles, settings: Settings, hosts: Hosts, error: BaseException
 ) -> str:
     """Return the sentence for an error of mlx-lm while it loads a model."""
-    text = error_text(error)
+    text = quote_error(error)
     if "trust_remote_code" in str(error):
         return REMOTE_CODE_MESSAGE.format(name=found.name)
     if hosts.size > 1:

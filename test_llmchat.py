@@ -2094,7 +2094,7 @@ def test_a_failing_turn_does_not_end_the_chat(talk) -> None:
     stdout, stderr = io.StringIO(), io.StringIO()
     screen = llmchat.Screen(stdout, stderr, False)
     llmchat.Chat(talk, screen, llmchat.LineEditor(prompts, screen), talk.settings).run()
-    failed = "The engine failed, so what it was generating is not kept: [metal::malloc]"
+    failed = 'The engine failed, so what it was generating is not kept: "[metal::malloc]'
     assert stderr.getvalue() == Like(f"{failed}*\nThere is no command /nope;*\ntop-k = 2000\n")
     assert stdout.getvalue().endswith("prompt -> What is my name?\nIt is Ada.\n\nprompt -> \nGoodbye!\n")
 
@@ -3652,11 +3652,11 @@ def test_an_esc_right_after_a_reply_was_for_the_reply(reader) -> None:
 VI_EDITING = {
     "Esc by itself": (["abc def", "\x1b", "h", "iX"], "abc dXef"),
     "Esc at once": (["\x1b", "ab"], "b"),
-    "Esc twice": (["abc def", "\x1b", "\x1b", "h", "iX"], "abc dXef"),
+    "Esc in command mode": (["abc def", "\x1b", "h", "\x1b", "h", "iX"], "abc Xdef"),
     "a word back": (["abc def", "\x1b[1;3D", "X"], "abc Xdef"),
     "a word back in command mode": (["abc def", "\x1b", "\x1b[1;3D", "iX"], "abc Xdef"),
     "arrows": (["abc", "\x1b[D", "X", "\x1bOC", "Y"], "abXcY"),
-    "keys without meaning": (["abc", "\x1b[24~", "X", "\x1b", "\x1bOP", "\x1b[Z", "aY"], "abcXY"),
+    "keys without meaning": (["abc", "\x1b[24~", "X", "\x1b", "h", "\x1bOP", "\x1b[Z", "aY"], "abcYX"),
 }
 
 
