@@ -180,9 +180,9 @@ def error_text(error: BaseException) -> str:
 
 
 def quote_error(error: BaseException) -> str:
-    """Return an error's own text for a sentence of ours, in quotes unless it is the system's or ours.
+    """Return an error's own text for a sentence of ours.
 
-    The words of a library, or of a model's template, may say anything.
+    The words of a library, or of a model's template, may say anything: they stand in quotes.
     """
     text = error_text(error)
     return text if isinstance(error, (OSError, ValueError)) else f'"{text}"'
