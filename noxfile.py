@@ -1,8 +1,7 @@
 # /// script
 # dependencies = ["nox>=2024.10"]
 # ///
-"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` chats with a small
-model."""
+"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` tries it."""
 
 import os
 import pathlib
@@ -124,8 +123,7 @@ print(sysconfig.get_config_var("LDSHARED"))
 
 
 def build_libedit(session: nox.Session) -> pathlib.Path:
-    """Build the `readline` module of the session's Python on libedit; return the folder that it is
-    in."""
+    """Build the `readline` module of the session's Python on libedit; return its folder."""
     folder = pathlib.Path(session.create_tmp()).resolve()
     session.install("pip")
     download = ["pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
@@ -155,8 +153,7 @@ def build_libedit(session: nox.Session) -> pathlib.Path:
 
 @nox.session
 def libedit(session: nox.Session) -> None:
-    """Run the line editor's tests on libedit, which macOS' own Python has in place of GNU readline.
-    Run the line editor's tests on libedit, which macOS' own Python has in place of GNU readline."""
+    """Run the line editor's tests on libedit, as macOS' own Python has it for GNU readline."""
     try:
         folder = build_libedit(session)
     except nox.command.CommandFailed:
@@ -189,8 +186,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure llmchat beside mlx-lm's own chat, in one table; the 600 MB model for it is built
-    once."""
+    """Measure llmchat beside mlx-lm's own chat; the 600 MB model for it is built once."""
     session.install(".", "pytest>=8")
     session.run(
         "python", "-c", f"import test_llmchat; test_llmchat.bench({str(CACHE / 'bench')!r})"

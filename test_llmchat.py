@@ -133,8 +133,7 @@ HARMONY = (
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of model: its template, how it writes a thought and an answer, and its architecture.
-    A kind of model: its template, how it writes a thought and an answer, and its architecture."""
+    """A kind of model: its template, how it writes a thought and an answer, and its architecture."""
 
     template: str
     reply: str = "{answer}"
@@ -325,8 +324,7 @@ WAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One prompt and the reply to it. What is only `given` is part of the prompt, but not learnt.
-    One prompt and the reply to it. What is only `given` is part of the prompt, but not learnt."""
+    """One prompt and the reply to it. What is only `given` is part of the prompt, but not learnt."""
 
     prompt: str
     answer: str
@@ -712,8 +710,7 @@ class Terminal:
         return self.expect(pattern)
 
     def see(self, pattern: str) -> None:
-        """Wait for text that fits in all that came, also in the line that tells what is going on.
-        Wait for text that fits in all that came, also in the line that tells what is going on."""
+        """Wait for text that fits in all that came, also in the line that tells what is going on."""
         while not fits(pattern).search(self.output):
             assert self._read(60), f"no {pattern!r} in:\n{self.output}"
 
@@ -3716,8 +3713,7 @@ def test_what_may_be_an_answer_is_never_swallowed(thinker, chat, terminal) -> No
 
 @pytest.fixture(params=slow_but(["opened", "sliding"], ["thinking", "opened", "sliding", "hybrid"]))
 def hurried(request, common):
-    """A conversation with a model that knows a long thought, and an answer for when it is stopped.
-    A conversation with a model that knows a long thought, and an answer for when it is stopped."""
+    """A conversation with a model that knows a long thought, and an answer for when it is stopped."""
     family = FAMILIES[request.param]
     model = loaded(build_model(common / f"hurried {request.param}", family, [[HURRY], [RUSHED]]))
     return Talk(dataclasses.replace(model, name=request.param))
@@ -4116,8 +4112,7 @@ COLOURS = [
 
 
 def sent(screen: Terminal, home: Path, keys: str) -> str:
-    """Type, and wait for the next prompt; return the prompt that was sent, as the history tells it.
-    Type, and wait for the next prompt; return the prompt that was sent, as the history tells it."""
+    """Type, and wait for the next prompt; return the prompt that was sent, as the history tells it."""
     screen.send(keys, "\nprompt -> ")
     return llmchat.PromptHistory(home / ".llmchat_history").load()[-1]
 
@@ -6358,8 +6353,7 @@ def bench_state(model: llmchat.Model, file: Path) -> None:
 
 
 def bench_launched(model: str, environment: dict[str, str]) -> None:
-    """Decoding on two hosts, both of them here, beside mlx-lm's own chat under the same launcher.
-    Decoding on two hosts, both of them here, beside mlx-lm's own chat under the same launcher."""
+    """Decoding on two hosts, both of them here, beside mlx-lm's own chat under the same launcher."""
     longest, rate = ["--max-tokens", str(DECODE_TOKENS)], r" (?:s|tokens) · ([\d.]+) tok"
 
     def said_tps(clear: str, leave: str, *program: str) -> float:
@@ -6388,8 +6382,7 @@ def bench_launched(model: str, environment: dict[str, str]) -> None:
 
 
 def first_word_s(environment: dict[str, str], pause_s: float, prompts, *arguments: str) -> float:
-    """The time from Enter to the first token of the last prompt, of somebody who types so slowly.
-    The time from Enter to the first token of the last prompt, of somebody who types so slowly."""
+    """The time from Enter to the first token of the last prompt, of somebody who types so slowly."""
     flags = ["--stats", "--no-keep", "--max-tokens", "300"]
     screen = Terminal(environment, [*OURS, *arguments, *flags])
     try:
