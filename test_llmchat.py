@@ -1722,6 +1722,8 @@ AFTER_ESC = {
     "Backspace": (b"\x7f", [b"\x1b\x7f"]),
     "the rest of an arrow": (b"[A", [b"\x1b[A"]),
     "the rest of F1": (b"OP", []),
+    "a capital O": (b"O", [b"O"]),
+    "a word that begins with f": (b"find", [b"find"]),
     "a command": (b"/stats\r", [b"/stats\r"]),
     "a word": (b"hello", [b"hello"]),
     "a paste": (b"\x1b[200~b\x1b[201~", ["b"]),
@@ -4286,7 +4288,7 @@ VI_EDITING = {
     "Esc at once": (["\x1b", "ab"], "b"),
     "Esc in command mode": (["abc def", "\x1b", "h", "\x1b", "h", "iX"], "abc Xdef"),
     "a word back": (["abc def", "\x1b[1;3D", "X"], "abc Xdef"),
-    "a word back in command mode": (["abc def", "\x1b", "\x1b[1;3D", "iX"], "abc Xdef"),
+    "a word back in command mode": (["abc def", "\x1b", "h", "\x1b[1;3D", "iX"], "abc Xdef"),
     "arrows": (["abc", "\x1b[D", "X", "\x1bOC", "Y"], "abXcY"),
     "keys without meaning": (
         ["abc", "\x1b[24~", "X", "\x1b", "h", "\x1bOP", "\x1b[Z", "aY"],
