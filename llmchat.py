@@ -6243,9 +6243,10 @@ SPLIT_KEY_S = 0.5
 SPLIT_PASTE_S = 1.0
 
 # An Esc that was typed by itself is the first half of a key with Alt if the other half comes within
-# this time, and is one of these: Enter, the keys of words, or the rest of a sequence.
+# this time, and is Enter, Backspace, "b", "f" or "d" (but not "find"), or the rest of a sequence
+# ("[A").
 ESCAPE_S = 1.0
-AFTER_ESCAPE = b"\r\nbfd\x7f[O"
+AFTER_ESCAPE = re.compile(rb"[\r\n\x7f]|[bfd]\Z|[\[O].")
 
 # An Esc that is pressed this soon after a reply has ended was meant to stop the reply.
 LATE_ESCAPE_S = 1.0
@@ -6511,7 +6512,7 @@ class KeyQueue:
 
     def add(self, data: bytes) -> None:
         """Add what the terminal sent."""
-        if self._holds_escape and data[0] not in AFTER_ESCAPE:
+        if self._holds_escape and not AFTER_ESCAPE.match(data):
             self.drop_escape()
         self._holds_escape = False
         self._arrived += data
@@ -7037,7 +7038,12 @@ class LineEditor:
             # Completion works at the end of the line only: no index tells where the cursor is,
             # because libedit counts bytes.
             candidates = complete(line) if line.endswith(text) else []
-            endings = [candidate[len(line) - len(text) :] for candidate in candidates]
+            # The name of a file may hold what can't stand in a line, and must not reach the screen.
+            endings = [
+                candidate[len(line) - len(text) :]
+                for candidate in candidates
+                if strip_control_characters(candidate) == candidate and "\n" not in candidate
+            ]
             return endings[state] if state < len(endings) else None
 
         readline.set_completer(complete_word)

