@@ -1805,12 +1805,13 @@ class ChatTemplate:
     @functools.cached_property
     def literals(self) -> list[str]:
         """The texts that the template's code has in quotes."""
-        if self.tree is None:
-            return re.findall(r"[\"']([^\"'\n]+)[\"']", self.source)
-        import jinja2.nodes
+        from jinja2 import nodes
 
-        values = [node.value for node in self.tree.find_all(jinja2.nodes.Const)]
-        return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+        if self.tree is not None:
+            with contextlib.suppress(RecursionError):
+                values = [node.value for node in self.tree.find_all(nodes.Const)]
+                return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+        return re.findall(r"[\"']([^\"'\n]+)[\"']", self.source)
 
     def check(self) -> None:
         """Raise `ChatError` if no template renders a prompt, with what the user says in it."""
@@ -3517,18 +3518,15 @@ class ThoughtSplitter:
         self.text += text
         self._pending += text
         while True:
-            state = self._state
             mark = self._find_mark()
             yield from self._emit(mark.text_length)
             if not mark.length:
                 return
-            # The text before the mark may have begun the answer, in which the mark is just text.
-            if self._state == state:
-                self._pending = self._pending[mark.length :]
-                self._state = mark.target
-                self._answer_may_end = True
-                self._part_is_empty = True
-                self.is_unclosed = False
+            self._pending = self._pending[mark.length :]
+            self._state = mark.target
+            self._answer_may_end = True
+            self._part_is_empty = True
+            self.is_unclosed = False
 
     def finish(self) -> Iterator[Piece]:
         """Yield the rest at the end of a complete reply, but not what is left of a mark."""
@@ -3538,6 +3536,8 @@ class ThoughtSplitter:
         if self._answer_end:
             left_of_marks.append(self._format.answer_end.strip())
         if not self._pending.strip().startswith(tuple(left_of_marks)):
+            if self._state in (START, BETWEEN):
+                self._begin_part_without_mark()
             yield from self._emit(len(self._pending))
         if self._format.answer_end.isspace():
             # The template writes these spaces itself.
@@ -3557,17 +3557,30 @@ class ThoughtSplitter:
         return message
 
     def _find_mark(self) -> FoundMark:
-        """Return the first mark in the pending text that counts in this state."""
-        shows_nothing = self._state in (START, BETWEEN)
-        if shows_nothing and not self._pending.strip():
+        """Return the next mark in the pending text, or how much of it is certain to be text."""
+        mark = self._first_mark()
+        is_blank = not self._pending[: mark.text_length].strip()
+        if self._part_is_empty and is_blank and not mark.length:
+            # These spaces may belong to words that are still to come.
             return FoundMark(0)
-        for index in range(len(self._pending)):
+        return mark
+
+    def _first_mark(self) -> FoundMark:
+        """Return the first mark in the pending text that counts in this state.
+
+        In a state that shows nothing, text without a mark begins a thought or the answer.
+        """
+        text = self._pending
+        if self._state in (START, BETWEEN):
+            mark = self._match_at(len(text) - len(text.lstrip())) or self._find_header()
+            if mark or not text.strip():
+                return mark or FoundMark(0)
+            self._begin_part_without_mark()
+        for index in range(len(text)):
             mark = self._match_at(index)
             if mark:
                 return mark
-            if shows_nothing and self._format.header_end:
-                return self._find_header()
-        return FoundMark(len(self._pending))
+        return FoundMark(len(text))
 
     def _match_at(self, index: int) -> FoundMark | None:
         """Return the mark that begins at an index of the pending text, or None if none can."""
@@ -3585,13 +3598,14 @@ class ThoughtSplitter:
                 may_become_mark = True
         return FoundMark(index) if may_become_mark else None
 
-    def _find_header(self) -> FoundMark:
-        """Return the header that the pending text begins with, whatever its words are."""
+    def _find_header(self) -> FoundMark | None:
+        """Return the header that the pending text begins with, whatever its words are, if it does."""
         end = self._format.header_end
+        if not end or not self._may_begin_header(self._pending.strip()):
+            return None
         header, is_complete, _ = self._pending.partition(end)
-        is_too_long = len(header) > MAX_FURTHER_CHARACTERS
-        if is_too_long or not self._may_begin_header(self._pending.strip()):
-            return FoundMark(len(self._pending))
+        if len(header) > MAX_FURTHER_CHARACTERS:
+            return None
         if not is_complete:
             return FoundMark(0)
         is_thought = not self._thought_words.isdisjoint(mark_words(split_mark(header)))
@@ -3617,17 +3631,15 @@ class ThoughtSplitter:
         self._pending = self._pending[length:]
         if self._part_is_empty:
             text = self._strip_spaces_of_template(text)
-        if self._state in (START, BETWEEN) and text.strip():
-            self._begin_part_without_mark()
-        if not text or self._state in (START, BETWEEN):
-            return
+            if not text.strip():
+                return
         if self._state == ANSWER and self._part_is_empty and self._texts[ANSWER]:
             # The answer has several parts, such as a remark in gpt-oss's commentary channel.
             text = "\n\n" + text.lstrip("\n")
-        if text.strip():
-            self._part_is_empty = False
+        self._part_is_empty = False
         self._texts[self._state] += text
-        yield Piece(self._state, text)
+        if text:
+            yield Piece(self._state, text)
 
     def _begin_part_without_mark(self) -> None:
         """Go on to a thought, if replies just begin with one, or else to the answer."""
