@@ -32,7 +32,7 @@ or `exit`. How one turn goes, from key to screen:
  9. Ctrl+C or Esc leaves a note in `Signals`; `show_reply` sees it, and closes the reply.
 10. `Conversation` stores the reply, and `Autosave` writes the session file.
 
-The rooms, in reading order; nothing is used before it is defined:
+The sections, in reading order; each builds on those before it:
 
     Errors         one exception, a finished sentence for the user
     Texts          cleaning what leaves for a person; reading plain files whole, with a bound
@@ -42,7 +42,7 @@ The rooms, in reading order; nothing is used before it is defined:
     Hosts          what several Macs have in common, if mlx.launch started them
     Model          checking a model before its weights come, its chat template, loading it
     Prompt cache   the tokens whose state the engine holds, and the cheapest way to a new prompt
-    State file     that state on disk, and what it takes of the memory
+    State file     that state on disk; how much memory it takes
     Thoughts       what a template does with a thought; telling thought from answer in a stream
     Conversation   the turns, the prompt that fits, a reply as a generator of pieces
     Saving         conversations and prompts on disk, always whole
@@ -72,6 +72,7 @@ import os
 import signal
 
 # As a program, end quietly on Ctrl+C while the rest is imported; `main` takes the signals over.
+# `anechat` is a second name of the command.
 is_program = __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("llmchat", "anechat")
 if is_program and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1513,7 +1514,7 @@ class Engine:
     MLX's streams belong to the thread that made them, and an array that is still to be computed
     must not go from one thread to another. So loading, computing, rewinding, saving and dropping
     all happen in this thread, one job after the other. The main thread has the terminal, the
-    signals and the files. It may give up waiting for a job; the job itself goes on to its end.
+    signals and the sessions. It may give up waiting for a job; the job itself goes on to its end.
     """
 
     def __init__(self) -> None:
@@ -1595,15 +1596,14 @@ class Engine:
 
 
 class OnEngine(Generic[T]):
-    """The only way to an object that belongs to the engine's thread."""
+    """An object that belongs to the engine's thread: all that is done with it is done there.
+
+    Whoever has one of these has no other way to the object.
+    """
 
     def __init__(self, engine: Engine, target: T) -> None:
         self._engine = engine
         self._target = target
-
-    def submit(self, work: Callable[[T], Any]) -> None:
-        """Have the engine do something with the object, without waiting for it."""
-        self._engine.submit(work, self._target)
 
     def call(self, work: Callable[[T], R]) -> R:
         """Return what `work` makes of the object, or raise what it raises."""
@@ -1737,6 +1737,11 @@ def is_subsequence(items: Iterable[object], others: Iterable[object]) -> bool:
     return all(item in remaining for item in items)
 
 
+def message_key(message: Message) -> tuple[str, str, str]:
+    """Return what a template is given of a message. A session may hold anything else beside it."""
+    return message["role"], message["content"], message.get("reasoning_content", "")
+
+
 def with_texts(message: Message, change: Callable[[str], str]) -> Message:
     """Return a message with its content and its thought changed."""
     keys = ("content", "reasoning_content")
@@ -1755,7 +1760,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._end_ids = end_ids
         # Messages whose texts had to be broken up, and what became of them.
-        self._broken_up: dict[tuple[str, ...], Message] = {}
+        self._broken_up: dict[tuple[str, str, str], Message] = {}
 
     @property
     def _function(self) -> Any:
@@ -2035,7 +2040,7 @@ class ChatTemplate:
             return self._has_only_structure_of(expected, render(conversation))
 
         plain = [with_texts(m, lambda text: text.replace(TOKEN_BREAK, "")) for m in messages]
-        safe = [self._broken_up.get(tuple(message.values()), message) for message in plain]
+        safe = [self._broken_up.get(message_key(message), message) for message in plain]
         prompt = render(safe)
         made_up = self._made_up(plain)
         expected = render(made_up)
@@ -2123,7 +2128,7 @@ class ChatTemplate:
             )
         for message, changed in zip(messages, safe):
             if message != changed:
-                self._broken_up[tuple(message.values())] = changed
+                self._broken_up[message_key(message)] = changed
         return safe
 
 
@@ -3259,7 +3264,8 @@ class StateFile:
 class Piece(NamedTuple):
     """A streamed unit of a reply: `thought` or `answer`, the model's words, or another kind.
 
-    `prefill` tells how much of the prompt is computed, and a `notice` is a remark of the program.
+    `prefill` tells how much of the prompt is computed, `waiting` that the engine is still at work,
+    and a `notice` is a remark of the program.
     `unclosed` comes last if all that was shown as a thought may be the answer, and repeats it.
     """
 
@@ -3283,6 +3289,8 @@ BLOCKS = {
 # What looks like a special token, whether or not the tokenizer has it.
 TOKEN_LIKE = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z _]{1,40}\]")
 
+# A header with words between two tokens has at least so many parts.
+MIN_HEADER_PARTS = 3
 # The most characters that a header has beyond those that the template writes.
 MAX_FURTHER_CHARACTERS = 100
 
@@ -3326,8 +3334,7 @@ def match_mark(parts: Sequence[str], text: str, *, further_words: bool = False) 
     length = 0
     for number, part in enumerate(parts, 1):
         rest = text[length:].lstrip() if length else text
-        # A mark with words between two tokens has three parts or more.
-        if further_words and number == len(parts) >= len(("token", "words", "token")):
+        if further_words and number == len(parts) >= MIN_HEADER_PARTS:
             words = rest.partition(part)[0]
             if "\n" in words or len(words) > MAX_FURTHER_CHARACTERS:
                 return 0
@@ -3599,7 +3606,7 @@ class ThoughtSplitter:
         return FoundMark(index) if may_become_mark else None
 
     def _find_header(self) -> FoundMark | None:
-        """Return the header that the pending text begins with, whatever its words are, if it does."""
+        """Return the header that the pending text begins with, whatever its words are."""
         end = self._format.header_end
         if not end or not self._may_begin_header(self._pending.strip()):
             return None
@@ -4790,6 +4797,8 @@ class Conversation:
         inference = self._engine.call(Inference, model, self._settings, self._notes)
         self._is_warm = inference.is_warm
         self._fingerprint = model.fingerprint
+        # What did not fit the model before may fit this one.
+        self._first_sent = 0
         self._on_engine = OnEngine(self._engine, inference)
         self.seed(self._settings.seed)
 
@@ -4805,6 +4814,8 @@ class Conversation:
 
     def release_model(self) -> None:
         """Free the memory that the model and the state take; `use_model` is to follow."""
+        if self._on_engine is None:
+            return
         self._drop_unfinished()
         self._inference.call(lambda inference: inference.release())
         self._on_engine = None
@@ -4812,10 +4823,6 @@ class Conversation:
     def seed(self, seed: int | None) -> None:
         """Make what is sampled from here on repeatable; None leaves it to chance."""
         self._inference.call(lambda inference: inference.seed(seed))
-
-    def limit(self) -> Limit:
-        """Return the most tokens that a prompt and its reply may have."""
-        return self._inference.call(lambda inference: inference.limit)
 
     def count_tokens(self, text: str) -> int:
         """Return the size of a text. Raises `ChatError`."""
@@ -4853,7 +4860,7 @@ class Conversation:
         Yields a function that takes a text with which the prompt will most likely begin, and that
         any thread may call. A reply that can be continued keeps its state instead.
         """
-        if self._unfinished:
+        if self._unfinished or self._on_engine is None:
             yield lambda beginning: None
             return
         messages = self.messages
@@ -5006,6 +5013,11 @@ class Conversation:
         finally:
             if statistics.finish_reason and statistics.generation_tokens:
                 self._store_reply(generation, statistics.finish_reason)
+            elif statistics.finish_reason and generation.used_tokens > len(
+                generation.prompt.tokens
+            ):
+                # It was continued, and stopped before anything was added.
+                self._unfinished = generation
             elif statistics.finish_reason:
                 generation.tokens.close()
 
@@ -5062,8 +5074,9 @@ class Conversation:
         """Yield the token that the engine was computing when the reply was stopped, if it was."""
         if generation.tokens.is_computing:
             token = yield from self._next_token(generation)
-            if token is not None:
-                yield from self._split(generation, token)
+            if token is None or token.finish_reason:
+                raise ChatError("The reply has just ended by itself: /retry generates another one.")
+            yield from self._split(generation, token)
 
     def _end_thought(self, generation: Generation) -> None:
         """End the thought as the model would have: feed it the mark, and go on with the answer."""
@@ -5222,10 +5235,10 @@ class PipedLines:
 
     def read(self) -> str:
         r"""Return the next line with its \n, or nothing at the end. Raises `ChatError`."""
-        if self._lines_read == 0:
+        self._lines_read += 1
+        if self._lines_read == 1:
             self._convert_utf16()
         data = self._stream.readline(MAX_TEXT_BYTES)
-        self._lines_read += 1
         if len(data) == MAX_TEXT_BYTES:
             while data and not data.endswith(b"\n"):
                 data = self._stream.readline(MAX_TEXT_BYTES)
@@ -7362,7 +7375,8 @@ class Signals:
 
         EXIT  -- start_chat -->  STOP  <-- cancellable -->  CANCEL
 
-    Only the main thread gets signals, and it never runs the engine: none can tear a computation.
+    Python runs handlers in the main thread only, which never runs the engine: no signal can tear a
+    computation.
     """
 
     # Sent by the program to itself. It is ignored by default, so no other program sends it.
@@ -8055,6 +8069,8 @@ class Chat:
                 is_leaving = True
                 continue
             is_leaving = False
+            # A stop that came before the line was sent was not meant for its reply.
+            self.signals.stop_requested = False
             if prompt.is_typed_line and prompt.text.lower().removeprefix("/") in LEAVE_WORDS:
                 break
             # Show what comes of it, and write it down.
@@ -8069,7 +8085,6 @@ class Chat:
         self.draft = ""
         self._show_waiting_files()
         self.signals.exit_if_signalled()
-        self.signals.stop_requested = False
         # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
         if not self.editor.interactive or self.hosts.size > 1 or not self.settings.read_ahead:
             with self.signals.cancellable():
@@ -8119,20 +8134,28 @@ class Chat:
         if self.hosts.size > 1 or self._loader is None:
             raise ChatError("Several hosts can't change their model: leave, and start with it.")
         wanted = dataclasses.replace(self.settings, **self._choice(name)._asdict())
-        with self.signals.cancellable(), self._loader.status():
-            found = self._loader.find(wanted)
-            # What the engine computes for the old model must have ended.
+        try:
+            with self.signals.cancellable(), self._loader.status():
+                found = self._loader.find(wanted)
+                # What the engine computes for the old model must have ended.
+                self.conversation.wait_until_idle()
+        except KeyboardInterrupt:
+            # The libraries must be done with the standard streams before a line is read.
             self.conversation.wait_until_idle()
+            raise
         old = ModelChoice.of(self.settings)
         self.conversation.release_model()
         problem = self._load_in_place(found, wanted)
         if problem:
             self._load_again(problem)
             return
-        self._adopt(wanted, found.folder)
-        if old.adapter or old.revision:
+        self.screen.notice(f"The model is {wanted.model} now.")
+        if (old.adapter, old.revision) not in (
+            (None, None),
+            (wanted.adapter, wanted.revision),
+        ):
             self.screen.notice(f"--adapter and --revision are those of {old.model} alone.")
-        self.screen.notice(f"The model is {self.settings.model} now.")
+        self._adopt(wanted, found.folder)
 
     def _choice(self, name: str) -> ModelChoice:
         resolved = resolve_model_name(name)
@@ -8157,6 +8180,8 @@ class Chat:
         """Load the model that was in use, after another one could not be loaded."""
         assert self._loader is not None
         with self._loader.status():
+            # A load that was interrupted goes on to its end.
+            self.conversation.wait_until_idle()
             found = self._loader.find(self.settings)
             self.conversation.use_model(self._loader.load(found, self.settings))
         self._show_error(ChatError(f"{problem} {self.settings.model} is loaded again."))
@@ -8168,9 +8193,9 @@ class Chat:
         for name, source in list(self.settings.sources.items()):
             if source == RECOMMENDATIONS_FILE:
                 self.settings.reset(name)
+        self.autosave.record_model()
         if self.settings.recommended and (sentence := apply_recommended(self.settings, folder)):
             self.screen.notice(sentence)
-        self.autosave.record_model()
 
     def _show_error(self, error: ChatError) -> None:
         self.screen.notice(str(error), RED)
@@ -8256,12 +8281,9 @@ class Chat:
         """Show the pieces of a reply as they come, until it ends or a stop is requested."""
         activity = "reading the prompt"
 
-        def status() -> str:
-            return "stopping..." if self.signals.stop_requested else activity
-
         view = ReplyView(self.screen, self.settings.hide_thoughts, self.settings.plain)
         # To close the generator is to stop the reply. It yields often, also while the engine works.
-        with self.screen.status(status), view, contextlib.closing(pieces):
+        with self.screen.status(lambda: activity), view, contextlib.closing(pieces):
             for piece in pieces:
                 if self.signals.stop_requested:
                     break

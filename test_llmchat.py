@@ -2115,6 +2115,9 @@ class Talk(Conversation):
     def cache(self) -> llmchat.PromptCache:
         return self._inference.call(lambda inference: inference._cache)
 
+    def limit(self) -> llmchat.Limit:
+        return self._inference.call(lambda inference: inference.limit)
+
     def limit_context(self, tokens: int | None) -> None:
         """Have a model that takes so many tokens, in the same conversation."""
         self.model.context_length = tokens
