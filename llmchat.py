@@ -106,6 +106,7 @@ import re
 import select
 import shlex
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
@@ -1144,11 +1145,20 @@ def error_chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
+def system_errors(error: BaseException) -> list[BaseException]:
+    """Return those of an error and what led to it that are the system's own, innermost last."""
+    return [
+        each
+        for each in error_chain(error)
+        if (isinstance(each, OSError) and each.strerror)
+        # A socket that was waited for in vain says so without an error number.
+        or isinstance(each, (TimeoutError, socket.timeout))
+    ]
+
+
 def root_cause_text(error: BaseException) -> str:
     """Return the text of an error's innermost cause; the system's own text if there is one."""
-    chain = error_chain(error)
-    from_system = [each for each in chain if isinstance(each, OSError) and each.strerror]
-    return error_text((from_system or chain)[-1])
+    return error_text((system_errors(error) or error_chain(error))[-1])
 
 
 def network_error_text(error: BaseException) -> str:
@@ -1157,9 +1167,7 @@ def network_error_text(error: BaseException) -> str:
     The libraries wrap the system's error in errors of theirs. What they say themselves has their
     advice, for instance which package is missing for a proxy of this kind.
     """
-    chain = error_chain(error)
-    from_system = [each for each in chain if isinstance(each, OSError) and each.strerror]
-    return error_text(from_system[-1] if from_system else chain[0])
+    return error_text((system_errors(error) or [error])[-1])
 
 
 def network_advice(error: BaseException) -> str:
@@ -3234,6 +3242,16 @@ class StateFile:
         finally:
             part.unlink(missing_ok=True)
 
+    def _is_whole(self) -> bool:
+        """Return whether the file is there, and not cut: MLX before 0.30 would load a cut one."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path, "np"):
+                return True
+        except (SafetensorError, OSError):
+            return False
+
     def load(self, cache: PromptCache, prompt: Sequence[int]) -> None:
         """Put the saved state into an empty cache, if it is of use for this prompt.
 
@@ -3241,6 +3259,8 @@ class StateFile:
         """
         from mlx_lm.models import cache as mlx_cache
 
+        if not self._is_whole():
+            return
         engine: Any = mlx_cache
         try:
             # MLX reads the arrays only when they are used.

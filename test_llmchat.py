@@ -3291,14 +3291,12 @@ def test_a_state_that_is_damaged_or_of_something_else_changes_no_word(talk, tmp_
     cached_tokens(talk.messages[:2])
     cached_tokens([])
     gone_on(talk, file, HELLO.messages()).expect(ADA)
-    # Cut off, and with one bit of its description that has turned.
+    # Cut off, or no state at all.
     for length in (0, 4, header // 2, header, chance.randrange(header, len(data)), len(data) - 1):
         file.write_bytes(data[:length])
         assert cached_tokens() == 0
-    for _ in range(4):
-        place, bit = chance.randrange(header), 1 << chance.randrange(8)
-        file.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
-        cached_tokens()
+    file.write_bytes(bytes(header) + data[header:])
+    assert cached_tokens() == 0
     file.unlink()
     assert cached_tokens() == 0
 
