@@ -6179,7 +6179,7 @@ class Screen:
 
 
 class Section(enum.Enum):
-    """What the part of a reply that is being shown is."""
+    """The kind of the part of a reply that is being shown."""
 
     NONE = "nothing yet"
     ANSWER = "answer"
@@ -6239,7 +6239,8 @@ class ReplyView:
             return
         if self._screen.interactive:
             self._begin_section(Section.HIDDEN)
-        since_s = self._thinking_since_s = time.monotonic()
+        since_s = time.monotonic()
+        self._thinking_since_s = since_s
         status = self._screen.status(lambda: f"thinking: {time.monotonic() - since_s:.0f} s")
         self._thinking_status.enter_context(status)
 
@@ -6661,8 +6662,8 @@ class KeyQueue:
 # The most bytes that the line editor is given at once.
 CHUNK_BYTES = 1024
 
-# A line editor does not tell when it begins to read: until it does, the modes of its terminal are
-# looked at this often.
+# A line editor does not tell when it begins to read, nor when it has read what it was given: until
+# then its terminal is looked at this often.
 POLL_S = 0.001
 
 
@@ -6694,14 +6695,14 @@ class TerminalProxy:
         self.on_escape: Callable[[], None] = lambda: None
         # The real terminal's modes before `open`, as `tcgetattr` gives them; empty while closed.
         self._saved_modes: list[Any] = []
-        # Held while the queue, or one of the next four, is used.
+        # Held by a thread that changes what follows.
         self._lock = threading.Lock()
         self._queue = KeyQueue()
         # The rest of what the line editor is being given, and what it got last in this line.
         self._outgoing = b""
         self.last_sent = b""
+        # A line is being read, and what an Esc in it means: see `reading`.
         self._is_reading = False
-        # What an Esc in the line means: see `reading`.
         self._escape_is_key = False
         self._late_until_s = 0.0
         # When what has arrived is to be sorted, by `time.monotonic`.
@@ -6836,12 +6837,15 @@ class TerminalProxy:
 
     def _receive(self) -> None:
         """Add what was typed to the queue."""
-        data = TERMINAL_GONE
+        data = b""
         with contextlib.suppress(OSError):
-            data = os.read(self._terminal, 1 << 16) or TERMINAL_GONE
-        if data == TERMINAL_GONE:
-            # A terminal that is gone is always readable: this thread must not spin.
+            data = os.read(self._terminal, 1 << 16)
+        if not data:
+            # The terminal is gone. It is always readable: this thread must not spin.
             time.sleep(BURST_S)
+            # The rest of a key or a paste never comes.
+            self._sort()
+            data = TERMINAL_GONE
         with self._lock:
             self._queue.add(data)
             self._set_timer()
@@ -6871,6 +6875,8 @@ class TerminalProxy:
                 return
             if not self._outgoing:
                 self._outgoing = self._to_editor(self._queue.take())
+            if not self._outgoing:
+                return
             self.last_sent = self._outgoing[:CHUNK_BYTES]
             with contextlib.suppress(BlockingIOError):
                 sent = os.write(self._pty_master, self.last_sent)
@@ -6908,8 +6914,12 @@ def asks_for_vi_keys(libedit: bool) -> bool:
     return False
 
 
-# The longest line that libedit is given, in characters: see `enlarge_libedit_buffers`.
-MAX_LIBEDIT_LINE = 2000
+# The longest line that libedit is given, in characters: see `enlarge_libedit_buffers`. Keys that
+# libedit has not read yet are not counted.
+MAX_LIBEDIT_LINE = 1500
+
+# Libedit takes less time than this for a key.
+SETTLED_S = 0.1
 
 
 def enlarge_libedit_buffers(readline: Any) -> None:
@@ -6955,12 +6965,53 @@ def typed_form(text: str) -> str:
     return text
 
 
+class Placeholders:
+    """What stands in a line for texts that the line editor can't show well, until the line is sent.
+
+    One looks like this: "[1: the beginning of the text… 20000 characters]".
+    """
+
+    def __init__(self) -> None:
+        self._by_text: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_text.values())
+
+    def add(self, text: str) -> str:
+        """Return the placeholder of a text."""
+        number = len(self._by_text) + 1
+        beginning = shorten(text.replace(NEWLINE_SIGN, " "), 30)
+        placeholder = f"[{number}: {beginning} {len(text)} characters]"
+        return self._by_text.setdefault(text, placeholder)
+
+    def add_after_command(self, line: str) -> str:
+        """Return a line with a placeholder for its text: after its command, if it has one."""
+        if not line.startswith("/"):
+            return self.add(line)
+        command, space, text = line.partition(" ")
+        return command + space + self.add(text)
+
+    def replaced_in(self, line: str) -> str:
+        """Return a line with the texts in the place of their placeholders."""
+        if not self._by_text:
+            return line
+        texts = {placeholder: text for text, placeholder in self._by_text.items()}
+        any_placeholder = "|".join(map(re.escape, texts))
+        return re.sub(any_placeholder, lambda match: texts[match[0]], line)
+
+    def changed_in(self, line: str) -> str:
+        """Return a placeholder that a line holds only the beginning of, or nothing."""
+        for placeholder in self:
+            beginning = placeholder[:10]
+            if line.count(beginning) > line.count(placeholder):
+                return placeholder
+        return ""
+
+
 class LineEditor:
     """Reads prompts; on a terminal with editing, history and completion from `open` to `close`.
 
     Elsewhere a line that was read is written after its prompt, so that a transcript reads the same.
-    A text that the line editor can't show well stands in its line as a placeholder, until the line
-    is sent: "[1: its beginning… 20000 characters]".
     """
 
     def __init__(self, stdin: TextIO, screen: Screen, history: PromptHistory | None = None) -> None:
@@ -6973,13 +7024,14 @@ class LineEditor:
         self._readline: Any = None
         self._libedit = False
         self._vi_keys = False
-        # The placeholders, by the texts that they stand for.
-        self._placeholders: dict[str, str] = {}
+        self._placeholders = Placeholders()
         # Called, by another thread, with a text that was pasted into an empty line.
         self.on_first_paste: Callable[[str], None] = lambda text: None
         self._line_is_empty = True
         # The pasted texts, as they stand in the line that is being read.
         self._pasted: list[str] = []
+        # What the line editor's buffer held when it began to read the line.
+        self._line_before = ""
         # What the prompt held when Ctrl+C dropped it.
         self._dropped = ""
 
@@ -7050,7 +7102,7 @@ class LineEditor:
 
     def line_has_text(self) -> bool:
         """Tell if there was something in the prompt when Ctrl+C dropped it."""
-        return bool(self._dropped or self._proxy.has_typed_ahead())
+        return bool(self._dropped or (self.interactive and self._proxy.has_typed_ahead()))
 
     def add_to_history(self, prompt: Prompt, on_disk: bool = True) -> None:
         """Add a prompt of a terminal to what Up brings back, and to the history on disk."""
@@ -7065,7 +7117,7 @@ class LineEditor:
             return
         # A command with a block that was pasted is to be a command when it comes back.
         if prompt.is_typed_line and "\n" in line:
-            line = self._shortened(line)
+            line = self._placeholders.add_after_command(line)
         self._add_history(line)
 
     def _add_history(self, text: str) -> None:
@@ -7155,7 +7207,7 @@ class LineEditor:
         sign = NEWLINE_SIGN.encode()
         if sign in keys:
             # A sign that was typed is itself.
-            keys = keys.replace(sign, self._placeholder(NEWLINE_SIGN).encode())
+            keys = keys.replace(sign, self._placeholders.add(NEWLINE_SIGN).encode())
         keys = LIBEDIT_SEQUENCE.sub(lambda match: LIBEDIT_BYTES[match[0]], keys)
         return self._in_place_of_long_line(keys)
 
@@ -7164,11 +7216,15 @@ class LineEditor:
         line = self._current_line()
         if len(line) + len(keys) <= MAX_LIBEDIT_LINE:
             return keys
-        # Libedit may be at work on the last key.
-        time.sleep(BURST_S)
-        line = self._current_line()
+        # Libedit may still be at work on earlier keys.
+        before = ""
+        while line != before:
+            time.sleep(SETTLED_S)
+            before = line
+            line = self._current_line()
         kill_line = LIBEDIT_BYTES[Key.KILL_LINE.sequence]
-        return kill_line + self._shortened(self._without_placeholders(line)).encode() + keys
+        shorter_line = self._placeholders.add_after_command(self._text_of(line))
+        return kill_line + shorter_line.encode(errors="replace") + keys
 
     def _insertion(self, text: str) -> bytes:
         """Return the keys that put a text into the line."""
@@ -7181,7 +7237,7 @@ class LineEditor:
         # Python can't hand the editor characters that the locale does not have.
         text = strip_control_characters(text).encode(encoding, "replace").decode(encoding)
         if self._is_tall(text) or (self._libedit and self._is_hard_for_libedit(text, pasted)):
-            return self._placeholder(text)
+            return self._placeholders.add(text)
         return text.replace("\n", NEWLINE_SIGN) if self._libedit else text
 
     def _is_hard_for_libedit(self, text: str, pasted: bool) -> bool:
@@ -7193,31 +7249,19 @@ class LineEditor:
         is_long = len(text) > MAX_TYPED_RUN
         return has_pasted_lines or is_long or NEWLINE_SIGN in text
 
-    def _placeholder(self, text: str) -> str:
-        """Return the placeholder that stands for a text in the line."""
-        number = len(self._placeholders) + 1
-        beginning = shorten(text.replace(NEWLINE_SIGN, " "), 30)
-        placeholder = f"[{number}: {beginning} {len(text)} characters]"
-        return self._placeholders.setdefault(text, placeholder)
-
     def _current_line(self) -> str:
         """Return what stands in the line editor's line."""
-        # Before the first key libedit's buffer still holds the line before.
         if not self._readline or not self._proxy.last_sent:
             return ""
-        return str(self._readline.get_line_buffer())
-
-    def _shortened(self, line: str) -> str:
-        """Return a line with a placeholder for its text; a command stays before it."""
-        if not line.startswith("/"):
-            return self._placeholder(line)
-        command, space, text = line.partition(" ")
-        return command + space + self._placeholder(text)
+        line: str = self._readline.get_line_buffer()
+        # Until something is typed libedit's buffer holds the line before, with its newline.
+        return "" if self._libedit and line == self._line_before else line
 
     def _is_tall(self, text: str) -> bool:
         """Tell if a text would push out of the window what was said before it."""
         columns, rows = os.get_terminal_size(self._stdin.fileno())
-        text_rows = sum(1 + display_width(line) // (columns or 80) for line in text.splitlines())
+        widths = [column_after(0, line) for line in text.splitlines()]
+        text_rows = sum(1 + width // (columns or 80) for width in widths)
         return text_rows > (rows or 24) - 4
 
     def _offer(self, text: str) -> str:
@@ -7257,7 +7301,7 @@ class LineEditor:
         """Read one line. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
         if self.interactive:
             line = self._edit_line(prompt, text)
-            while placeholder := self._changed_placeholder(line):
+            while placeholder := self._placeholders.changed_in(line):
                 self._add_history(placeholder)
                 self._screen.notice(
                     f"{placeholder} stands for a text and was changed, so nothing is sent."
@@ -7301,6 +7345,7 @@ class LineEditor:
         """Read a line with the line editor; return it as it stood there."""
         self._pasted.clear()
         self._line_is_empty = not text
+        self._line_before = self._readline.get_line_buffer()
         if self._screen.styled:
             # The marks \x01 and \x02 take the colour out of the editor's count of columns. Libedit
             # loses a colour that nothing follows.
@@ -7325,7 +7370,7 @@ class LineEditor:
 
     def _parse_line(self, line: str) -> Prompt:
         """Return what a line of the editor stands for."""
-        pasted = [*self._pasted, *self._placeholders.values()]
+        pasted = [*self._pasted, *self._placeholders]
         begins_pasted = any(
             line.lstrip().startswith(text.lstrip()) for text in pasted if text.strip()
         )
@@ -7334,32 +7379,21 @@ class LineEditor:
             typed = typed.replace(text, "", 1)
         has_typed_newline = "\n" in typed or (self._libedit and NEWLINE_SIGN in typed)
         is_typed_line = not begins_pasted and not has_typed_newline
-        return Prompt(self._without_placeholders(line), is_typed_line)
+        return Prompt(self._text_of(line), is_typed_line)
 
-    def _changed_placeholder(self, line: str) -> str:
-        """Return the placeholder that a line holds a part of, if there is one."""
-        for placeholder in self._placeholders.values():
-            beginning = placeholder[:10]
-            if line.count(beginning) > line.count(placeholder):
-                return placeholder
-        return ""
-
-    def _without_placeholders(self, line: str) -> str:
+    def _text_of(self, line: str) -> str:
         """Return the text that a line of the editor stands for."""
         if self._libedit:
             line = line.replace(NEWLINE_SIGN, "\n")
-        if not self._placeholders:
-            return line
-        texts = {placeholder: text for text, placeholder in self._placeholders.items()}
-        any_placeholder = "|".join(map(re.escape, texts))
-        return re.sub(any_placeholder, lambda match: texts[match[0]], line)
+        return self._placeholders.replaced_in(line)
 
     def _drop(self, lines: list[str]) -> None:
         """Have Up bring back the lines of a prompt that Ctrl+C dropped."""
-        # Before the first key libedit's buffer still holds the line before.
         line = self._parse_line(self._current_line())
-        lines = [*lines, line.text if line.is_typed_line else typed_form(line.text)]
-        self._dropped = "\n".join(lines).strip("\n")
+        if lines:
+            self._dropped = "\n".join([*lines, line.text]).strip("\n")
+        else:
+            self._dropped = line.text if line.is_typed_line else typed_form(line.text)
         if self._readline and self._dropped:
             self._add_history(self._dropped)
 
