@@ -2649,7 +2649,7 @@ LEAVING = {
 }
 
 
-@pytest.mark.parametrize("way", LEAVING)
+@pytest.mark.parametrize("way", slow_but(["Ctrl+D", "SIGTERM"], LEAVING))
 @pytest.mark.parametrize("moment", ["loading", "prefill", "reply", "reading ahead"])
 def test_leaving_while_the_engine_works_is_quiet(
     moment, way, demo, terminal, home, tmp_path
@@ -5234,7 +5234,7 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("case", slow_but(["index: climbing name", "empty reference"], DAMAGED))
 def test_a_damaged_entry_of_the_cache_is_passed_over_and_said_when_it_is_meant(
     case, demo, chat, home
 ) -> None:
@@ -5491,7 +5491,9 @@ def test_an_old_jinja_is_refused(demo, chat, tmp_path) -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["signal", "argparse", "json", "mlx", "jinja2"])
+@pytest.mark.parametrize(
+    "module", slow_but(["signal"], ["signal", "argparse", "json", "mlx", "jinja2"])
+)
 def test_a_script_runs_no_module_that_lies_beside_it(module, demo, chat, home, tmp_path) -> None:
     script = shutil.copy(HERE / "llmchat.py", tmp_path)
     put(f"{module}.py", f"open({str(home / 'ran')!r}, 'w')\n")(tmp_path)
@@ -5499,7 +5501,7 @@ def test_a_script_runs_no_module_that_lies_beside_it(module, demo, chat, home, t
     assert (done.out, (home / "ran").exists()) == (SAID_HELLO + "\n", False)
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o1777])
+@pytest.mark.parametrize("mode", slow_but([0o777], [0o777, 0o1777]))
 def test_kernels_lie_where_nobody_else_can_put_one(mode, demo, chat, tmp_path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
