@@ -32,7 +32,7 @@ or `exit`. How one turn goes, from key to screen:
  9. Ctrl+C or Esc leaves a note in `Signals`; `show_reply` sees it, and closes the reply.
 10. `Conversation` stores the reply, and `Autosave` writes the session file.
 
-The rooms, in reading order; nothing is used before it is defined:
+The sections, in reading order; each builds on those before it:
 
     Errors         one exception, a finished sentence for the user
     Texts          cleaning what leaves for a person; reading plain files whole, with a bound
@@ -42,7 +42,7 @@ The rooms, in reading order; nothing is used before it is defined:
     Hosts          what several Macs have in common, if mlx.launch started them
     Model          checking a model before its weights come, its chat template, loading it
     Prompt cache   the tokens whose state the engine holds, and the cheapest way to a new prompt
-    State file     that state on disk, and what it takes of the memory
+    State file     that state on disk; how much memory it takes
     Thoughts       what a template does with a thought; telling thought from answer in a stream
     Conversation   the turns, the prompt that fits, a reply as a generator of pieces
     Saving         conversations and prompts on disk, always whole
@@ -72,6 +72,7 @@ import os
 import signal
 
 # As a program, end quietly on Ctrl+C while the rest is imported; `main` takes the signals over.
+# `anechat` is a second name of the command.
 is_program = __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("llmchat", "anechat")
 if is_program and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -105,6 +106,7 @@ import re
 import select
 import shlex
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
@@ -1143,11 +1145,20 @@ def error_chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
+def system_errors(error: BaseException) -> list[BaseException]:
+    """Return those of an error and what led to it that are the system's own, innermost last."""
+    return [
+        each
+        for each in error_chain(error)
+        if (isinstance(each, OSError) and each.strerror)
+        # A socket that was waited for in vain says so without an error number.
+        or isinstance(each, (TimeoutError, socket.timeout))
+    ]
+
+
 def root_cause_text(error: BaseException) -> str:
     """Return the text of an error's innermost cause; the system's own text if there is one."""
-    chain = error_chain(error)
-    from_system = [each for each in chain if isinstance(each, OSError) and each.strerror]
-    return error_text((from_system or chain)[-1])
+    return error_text((system_errors(error) or error_chain(error))[-1])
 
 
 def network_error_text(error: BaseException) -> str:
@@ -1156,9 +1167,7 @@ def network_error_text(error: BaseException) -> str:
     The libraries wrap the system's error in errors of theirs. What they say themselves has their
     advice, for instance which package is missing for a proxy of this kind.
     """
-    chain = error_chain(error)
-    from_system = [each for each in chain if isinstance(each, OSError) and each.strerror]
-    return error_text(from_system[-1] if from_system else chain[0])
+    return error_text((system_errors(error) or [error])[-1])
 
 
 def network_advice(error: BaseException) -> str:
@@ -1513,7 +1522,7 @@ class Engine:
     MLX's streams belong to the thread that made them, and an array that is still to be computed
     must not go from one thread to another. So loading, computing, rewinding, saving and dropping
     all happen in this thread, one job after the other. The main thread has the terminal, the
-    signals and the files. It may give up waiting for a job; the job itself goes on to its end.
+    signals and the sessions. It may give up waiting for a job; the job itself goes on to its end.
     """
 
     def __init__(self) -> None:
@@ -1595,15 +1604,14 @@ class Engine:
 
 
 class OnEngine(Generic[T]):
-    """The only way to an object that belongs to the engine's thread."""
+    """An object that belongs to the engine's thread: all that is done with it is done there.
+
+    Whoever has one of these has no other way to the object.
+    """
 
     def __init__(self, engine: Engine, target: T) -> None:
         self._engine = engine
         self._target = target
-
-    def submit(self, work: Callable[[T], Any]) -> None:
-        """Have the engine do something with the object, without waiting for it."""
-        self._engine.submit(work, self._target)
 
     def call(self, work: Callable[[T], R]) -> R:
         """Return what `work` makes of the object, or raise what it raises."""
@@ -1737,6 +1745,11 @@ def is_subsequence(items: Iterable[object], others: Iterable[object]) -> bool:
     return all(item in remaining for item in items)
 
 
+def message_key(message: Message) -> tuple[str, str, str]:
+    """Return what a template is given of a message. A session may hold anything else beside it."""
+    return message["role"], message["content"], message.get("reasoning_content", "")
+
+
 def with_texts(message: Message, change: Callable[[str], str]) -> Message:
     """Return a message with its content and its thought changed."""
     keys = ("content", "reasoning_content")
@@ -1755,7 +1768,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._end_ids = end_ids
         # Messages whose texts had to be broken up, and what became of them.
-        self._broken_up: dict[tuple[str, ...], Message] = {}
+        self._broken_up: dict[tuple[str, str, str], Message] = {}
 
     @property
     def _function(self) -> Any:
@@ -1805,12 +1818,13 @@ class ChatTemplate:
     @functools.cached_property
     def literals(self) -> list[str]:
         """The texts that the template's code has in quotes."""
-        if self.tree is None:
-            return re.findall(r"[\"']([^\"'\n]+)[\"']", self.source)
-        import jinja2.nodes
+        from jinja2 import nodes
 
-        values = [node.value for node in self.tree.find_all(jinja2.nodes.Const)]
-        return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+        if self.tree is not None:
+            with contextlib.suppress(RecursionError):
+                values = [node.value for node in self.tree.find_all(nodes.Const)]
+                return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+        return re.findall(r"[\"']([^\"'\n]+)[\"']", self.source)
 
     def check(self) -> None:
         """Raise `ChatError` if no template renders a prompt, with what the user says in it."""
@@ -2034,7 +2048,7 @@ class ChatTemplate:
             return self._has_only_structure_of(expected, render(conversation))
 
         plain = [with_texts(m, lambda text: text.replace(TOKEN_BREAK, "")) for m in messages]
-        safe = [self._broken_up.get(tuple(message.values()), message) for message in plain]
+        safe = [self._broken_up.get(message_key(message), message) for message in plain]
         prompt = render(safe)
         made_up = self._made_up(plain)
         expected = render(made_up)
@@ -2122,7 +2136,7 @@ class ChatTemplate:
             )
         for message, changed in zip(messages, safe):
             if message != changed:
-                self._broken_up[tuple(message.values())] = changed
+                self._broken_up[message_key(message)] = changed
         return safe
 
 
@@ -3228,6 +3242,16 @@ class StateFile:
         finally:
             part.unlink(missing_ok=True)
 
+    def _is_whole(self) -> bool:
+        """Return whether the file is there, and not cut: MLX before 0.30 would load a cut one."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path, "np"):
+                return True
+        except (SafetensorError, OSError):
+            return False
+
     def load(self, cache: PromptCache, prompt: Sequence[int]) -> None:
         """Put the saved state into an empty cache, if it is of use for this prompt.
 
@@ -3235,6 +3259,8 @@ class StateFile:
         """
         from mlx_lm.models import cache as mlx_cache
 
+        if not self._is_whole():
+            return
         engine: Any = mlx_cache
         try:
             # MLX reads the arrays only when they are used.
@@ -3258,7 +3284,8 @@ class StateFile:
 class Piece(NamedTuple):
     """A streamed unit of a reply: `thought` or `answer`, the model's words, or another kind.
 
-    `prefill` tells how much of the prompt is computed, and a `notice` is a remark of the program.
+    `prefill` tells how much of the prompt is computed, `waiting` that the engine is still at work,
+    and a `notice` is a remark of the program.
     `unclosed` comes last if all that was shown as a thought may be the answer, and repeats it.
     """
 
@@ -3282,6 +3309,8 @@ BLOCKS = {
 # What looks like a special token, whether or not the tokenizer has it.
 TOKEN_LIKE = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z][A-Z _]{1,40}\]")
 
+# A header with words between two tokens has at least so many parts.
+MIN_HEADER_PARTS = 3
 # The most characters that a header has beyond those that the template writes.
 MAX_FURTHER_CHARACTERS = 100
 
@@ -3325,8 +3354,7 @@ def match_mark(parts: Sequence[str], text: str, *, further_words: bool = False) 
     length = 0
     for number, part in enumerate(parts, 1):
         rest = text[length:].lstrip() if length else text
-        # A mark with words between two tokens has three parts or more.
-        if further_words and number == len(parts) >= len(("token", "words", "token")):
+        if further_words and number == len(parts) >= MIN_HEADER_PARTS:
             words = rest.partition(part)[0]
             if "\n" in words or len(words) > MAX_FURTHER_CHARACTERS:
                 return 0
@@ -3517,18 +3545,15 @@ class ThoughtSplitter:
         self.text += text
         self._pending += text
         while True:
-            state = self._state
             mark = self._find_mark()
             yield from self._emit(mark.text_length)
             if not mark.length:
                 return
-            # The text before the mark may have begun the answer, in which the mark is just text.
-            if self._state == state:
-                self._pending = self._pending[mark.length :]
-                self._state = mark.target
-                self._answer_may_end = True
-                self._part_is_empty = True
-                self.is_unclosed = False
+            self._pending = self._pending[mark.length :]
+            self._state = mark.target
+            self._answer_may_end = True
+            self._part_is_empty = True
+            self.is_unclosed = False
 
     def finish(self) -> Iterator[Piece]:
         """Yield the rest at the end of a complete reply, but not what is left of a mark."""
@@ -3538,6 +3563,8 @@ class ThoughtSplitter:
         if self._answer_end:
             left_of_marks.append(self._format.answer_end.strip())
         if not self._pending.strip().startswith(tuple(left_of_marks)):
+            if self._state in (START, BETWEEN):
+                self._begin_part_without_mark()
             yield from self._emit(len(self._pending))
         if self._format.answer_end.isspace():
             # The template writes these spaces itself.
@@ -3557,17 +3584,30 @@ class ThoughtSplitter:
         return message
 
     def _find_mark(self) -> FoundMark:
-        """Return the first mark in the pending text that counts in this state."""
-        shows_nothing = self._state in (START, BETWEEN)
-        if shows_nothing and not self._pending.strip():
+        """Return the next mark in the pending text, or how much of it is certain to be text."""
+        mark = self._first_mark()
+        is_blank = not self._pending[: mark.text_length].strip()
+        if self._part_is_empty and is_blank and not mark.length:
+            # These spaces may belong to words that are still to come.
             return FoundMark(0)
-        for index in range(len(self._pending)):
+        return mark
+
+    def _first_mark(self) -> FoundMark:
+        """Return the first mark in the pending text that counts in this state.
+
+        In a state that shows nothing, text without a mark begins a thought or the answer.
+        """
+        text = self._pending
+        if self._state in (START, BETWEEN):
+            mark = self._match_at(len(text) - len(text.lstrip())) or self._find_header()
+            if mark or not text.strip():
+                return mark or FoundMark(0)
+            self._begin_part_without_mark()
+        for index in range(len(text)):
             mark = self._match_at(index)
             if mark:
                 return mark
-            if shows_nothing and self._format.header_end:
-                return self._find_header()
-        return FoundMark(len(self._pending))
+        return FoundMark(len(text))
 
     def _match_at(self, index: int) -> FoundMark | None:
         """Return the mark that begins at an index of the pending text, or None if none can."""
@@ -3585,13 +3625,14 @@ class ThoughtSplitter:
                 may_become_mark = True
         return FoundMark(index) if may_become_mark else None
 
-    def _find_header(self) -> FoundMark:
+    def _find_header(self) -> FoundMark | None:
         """Return the header that the pending text begins with, whatever its words are."""
         end = self._format.header_end
+        if not end or not self._may_begin_header(self._pending.strip()):
+            return None
         header, is_complete, _ = self._pending.partition(end)
-        is_too_long = len(header) > MAX_FURTHER_CHARACTERS
-        if is_too_long or not self._may_begin_header(self._pending.strip()):
-            return FoundMark(len(self._pending))
+        if len(header) > MAX_FURTHER_CHARACTERS:
+            return None
         if not is_complete:
             return FoundMark(0)
         is_thought = not self._thought_words.isdisjoint(mark_words(split_mark(header)))
@@ -3617,17 +3658,15 @@ class ThoughtSplitter:
         self._pending = self._pending[length:]
         if self._part_is_empty:
             text = self._strip_spaces_of_template(text)
-        if self._state in (START, BETWEEN) and text.strip():
-            self._begin_part_without_mark()
-        if not text or self._state in (START, BETWEEN):
-            return
+            if not text.strip():
+                return
         if self._state == ANSWER and self._part_is_empty and self._texts[ANSWER]:
             # The answer has several parts, such as a remark in gpt-oss's commentary channel.
             text = "\n\n" + text.lstrip("\n")
-        if text.strip():
-            self._part_is_empty = False
+        self._part_is_empty = False
         self._texts[self._state] += text
-        yield Piece(self._state, text)
+        if text:
+            yield Piece(self._state, text)
 
     def _begin_part_without_mark(self) -> None:
         """Go on to a thought, if replies just begin with one, or else to the answer."""
@@ -4778,6 +4817,8 @@ class Conversation:
         inference = self._engine.call(Inference, model, self._settings, self._notes)
         self._is_warm = inference.is_warm
         self._fingerprint = model.fingerprint
+        # What did not fit the model before may fit this one.
+        self._first_sent = 0
         self._on_engine = OnEngine(self._engine, inference)
         self.seed(self._settings.seed)
 
@@ -4793,6 +4834,8 @@ class Conversation:
 
     def release_model(self) -> None:
         """Free the memory that the model and the state take; `use_model` is to follow."""
+        if self._on_engine is None:
+            return
         self._drop_unfinished()
         self._inference.call(lambda inference: inference.release())
         self._on_engine = None
@@ -4800,10 +4843,6 @@ class Conversation:
     def seed(self, seed: int | None) -> None:
         """Make what is sampled from here on repeatable; None leaves it to chance."""
         self._inference.call(lambda inference: inference.seed(seed))
-
-    def limit(self) -> Limit:
-        """Return the most tokens that a prompt and its reply may have."""
-        return self._inference.call(lambda inference: inference.limit)
 
     def count_tokens(self, text: str) -> int:
         """Return the size of a text. Raises `ChatError`."""
@@ -4841,7 +4880,7 @@ class Conversation:
         Yields a function that takes a text with which the prompt will most likely begin, and that
         any thread may call. A reply that can be continued keeps its state instead.
         """
-        if self._unfinished:
+        if self._unfinished or self._on_engine is None:
             yield lambda beginning: None
             return
         messages = self.messages
@@ -4994,6 +5033,11 @@ class Conversation:
         finally:
             if statistics.finish_reason and statistics.generation_tokens:
                 self._store_reply(generation, statistics.finish_reason)
+            elif statistics.finish_reason and generation.used_tokens > len(
+                generation.prompt.tokens
+            ):
+                # It was continued, and stopped before anything was added.
+                self._unfinished = generation
             elif statistics.finish_reason:
                 generation.tokens.close()
 
@@ -5050,8 +5094,9 @@ class Conversation:
         """Yield the token that the engine was computing when the reply was stopped, if it was."""
         if generation.tokens.is_computing:
             token = yield from self._next_token(generation)
-            if token is not None:
-                yield from self._split(generation, token)
+            if token is None or token.finish_reason:
+                raise ChatError("The reply has just ended by itself: /retry generates another one.")
+            yield from self._split(generation, token)
 
     def _end_thought(self, generation: Generation) -> None:
         """End the thought as the model would have: feed it the mark, and go on with the answer."""
@@ -5210,10 +5255,10 @@ class PipedLines:
 
     def read(self) -> str:
         r"""Return the next line with its \n, or nothing at the end. Raises `ChatError`."""
-        if self._lines_read == 0:
+        self._lines_read += 1
+        if self._lines_read == 1:
             self._convert_utf16()
         data = self._stream.readline(MAX_TEXT_BYTES)
-        self._lines_read += 1
         if len(data) == MAX_TEXT_BYTES:
             while data and not data.endswith(b"\n"):
                 data = self._stream.readline(MAX_TEXT_BYTES)
@@ -6134,7 +6179,7 @@ class Screen:
 
 
 class Section(enum.Enum):
-    """What the part of a reply that is being shown is."""
+    """The kind of the part of a reply that is being shown."""
 
     NONE = "nothing yet"
     ANSWER = "answer"
@@ -6194,7 +6239,8 @@ class ReplyView:
             return
         if self._screen.interactive:
             self._begin_section(Section.HIDDEN)
-        since_s = self._thinking_since_s = time.monotonic()
+        since_s = time.monotonic()
+        self._thinking_since_s = since_s
         status = self._screen.status(lambda: f"thinking: {time.monotonic() - since_s:.0f} s")
         self._thinking_status.enter_context(status)
 
@@ -6616,8 +6662,8 @@ class KeyQueue:
 # The most bytes that the line editor is given at once.
 CHUNK_BYTES = 1024
 
-# A line editor does not tell when it begins to read: until it does, the modes of its terminal are
-# looked at this often.
+# A line editor does not tell when it begins to read, nor when it has read what it was given: until
+# then its terminal is looked at this often.
 POLL_S = 0.001
 
 
@@ -6649,14 +6695,14 @@ class TerminalProxy:
         self.on_escape: Callable[[], None] = lambda: None
         # The real terminal's modes before `open`, as `tcgetattr` gives them; empty while closed.
         self._saved_modes: list[Any] = []
-        # Held while the queue, or one of the next four, is used.
+        # Held by a thread that changes what follows.
         self._lock = threading.Lock()
         self._queue = KeyQueue()
         # The rest of what the line editor is being given, and what it got last in this line.
         self._outgoing = b""
         self.last_sent = b""
+        # A line is being read, and what an Esc in it means: see `reading`.
         self._is_reading = False
-        # What an Esc in the line means: see `reading`.
         self._escape_is_key = False
         self._late_until_s = 0.0
         # When what has arrived is to be sorted, by `time.monotonic`.
@@ -6791,12 +6837,15 @@ class TerminalProxy:
 
     def _receive(self) -> None:
         """Add what was typed to the queue."""
-        data = TERMINAL_GONE
+        data = b""
         with contextlib.suppress(OSError):
-            data = os.read(self._terminal, 1 << 16) or TERMINAL_GONE
-        if data == TERMINAL_GONE:
-            # A terminal that is gone is always readable: this thread must not spin.
+            data = os.read(self._terminal, 1 << 16)
+        if not data:
+            # The terminal is gone. It is always readable: this thread must not spin.
             time.sleep(BURST_S)
+            # The rest of a key or a paste never comes.
+            self._sort()
+            data = TERMINAL_GONE
         with self._lock:
             self._queue.add(data)
             self._set_timer()
@@ -6826,6 +6875,8 @@ class TerminalProxy:
                 return
             if not self._outgoing:
                 self._outgoing = self._to_editor(self._queue.take())
+            if not self._outgoing:
+                return
             self.last_sent = self._outgoing[:CHUNK_BYTES]
             with contextlib.suppress(BlockingIOError):
                 sent = os.write(self._pty_master, self.last_sent)
@@ -6863,8 +6914,12 @@ def asks_for_vi_keys(libedit: bool) -> bool:
     return False
 
 
-# The longest line that libedit is given, in characters: see `enlarge_libedit_buffers`.
-MAX_LIBEDIT_LINE = 2000
+# The longest line that libedit is given, in characters: see `enlarge_libedit_buffers`. Keys that
+# libedit has not read yet are not counted.
+MAX_LIBEDIT_LINE = 1500
+
+# Libedit takes less time than this for a key.
+SETTLED_S = 0.1
 
 
 def enlarge_libedit_buffers(readline: Any) -> None:
@@ -6910,12 +6965,53 @@ def typed_form(text: str) -> str:
     return text
 
 
+class Placeholders:
+    """What stands in a line for texts that the line editor can't show well, until the line is sent.
+
+    One looks like this: "[1: the beginning of the text… 20000 characters]".
+    """
+
+    def __init__(self) -> None:
+        self._by_text: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_text.values())
+
+    def add(self, text: str) -> str:
+        """Return the placeholder of a text."""
+        number = len(self._by_text) + 1
+        beginning = shorten(text.replace(NEWLINE_SIGN, " "), 30)
+        placeholder = f"[{number}: {beginning} {len(text)} characters]"
+        return self._by_text.setdefault(text, placeholder)
+
+    def add_after_command(self, line: str) -> str:
+        """Return a line with a placeholder for its text: after its command, if it has one."""
+        if not line.startswith("/"):
+            return self.add(line)
+        command, space, text = line.partition(" ")
+        return command + space + self.add(text)
+
+    def replaced_in(self, line: str) -> str:
+        """Return a line with the texts in the place of their placeholders."""
+        if not self._by_text:
+            return line
+        texts = {placeholder: text for text, placeholder in self._by_text.items()}
+        any_placeholder = "|".join(map(re.escape, texts))
+        return re.sub(any_placeholder, lambda match: texts[match[0]], line)
+
+    def changed_in(self, line: str) -> str:
+        """Return a placeholder that a line holds only the beginning of, or nothing."""
+        for placeholder in self:
+            beginning = placeholder[:10]
+            if line.count(beginning) > line.count(placeholder):
+                return placeholder
+        return ""
+
+
 class LineEditor:
     """Reads prompts; on a terminal with editing, history and completion from `open` to `close`.
 
     Elsewhere a line that was read is written after its prompt, so that a transcript reads the same.
-    A text that the line editor can't show well stands in its line as a placeholder, until the line
-    is sent: "[1: its beginning… 20000 characters]".
     """
 
     def __init__(self, stdin: TextIO, screen: Screen, history: PromptHistory | None = None) -> None:
@@ -6928,13 +7024,14 @@ class LineEditor:
         self._readline: Any = None
         self._libedit = False
         self._vi_keys = False
-        # The placeholders, by the texts that they stand for.
-        self._placeholders: dict[str, str] = {}
+        self._placeholders = Placeholders()
         # Called, by another thread, with a text that was pasted into an empty line.
         self.on_first_paste: Callable[[str], None] = lambda text: None
         self._line_is_empty = True
         # The pasted texts, as they stand in the line that is being read.
         self._pasted: list[str] = []
+        # What the line editor's buffer held when it began to read the line.
+        self._line_before = ""
         # What the prompt held when Ctrl+C dropped it.
         self._dropped = ""
 
@@ -7005,7 +7102,7 @@ class LineEditor:
 
     def line_has_text(self) -> bool:
         """Tell if there was something in the prompt when Ctrl+C dropped it."""
-        return bool(self._dropped or self._proxy.has_typed_ahead())
+        return bool(self._dropped or (self.interactive and self._proxy.has_typed_ahead()))
 
     def add_to_history(self, prompt: Prompt, on_disk: bool = True) -> None:
         """Add a prompt of a terminal to what Up brings back, and to the history on disk."""
@@ -7020,7 +7117,7 @@ class LineEditor:
             return
         # A command with a block that was pasted is to be a command when it comes back.
         if prompt.is_typed_line and "\n" in line:
-            line = self._shortened(line)
+            line = self._placeholders.add_after_command(line)
         self._add_history(line)
 
     def _add_history(self, text: str) -> None:
@@ -7110,7 +7207,7 @@ class LineEditor:
         sign = NEWLINE_SIGN.encode()
         if sign in keys:
             # A sign that was typed is itself.
-            keys = keys.replace(sign, self._placeholder(NEWLINE_SIGN).encode())
+            keys = keys.replace(sign, self._placeholders.add(NEWLINE_SIGN).encode())
         keys = LIBEDIT_SEQUENCE.sub(lambda match: LIBEDIT_BYTES[match[0]], keys)
         return self._in_place_of_long_line(keys)
 
@@ -7119,11 +7216,15 @@ class LineEditor:
         line = self._current_line()
         if len(line) + len(keys) <= MAX_LIBEDIT_LINE:
             return keys
-        # Libedit may be at work on the last key.
-        time.sleep(BURST_S)
-        line = self._current_line()
+        # Libedit may still be at work on earlier keys.
+        before = ""
+        while line != before:
+            time.sleep(SETTLED_S)
+            before = line
+            line = self._current_line()
         kill_line = LIBEDIT_BYTES[Key.KILL_LINE.sequence]
-        return kill_line + self._shortened(self._without_placeholders(line)).encode() + keys
+        shorter_line = self._placeholders.add_after_command(self._text_of(line))
+        return kill_line + shorter_line.encode(errors="replace") + keys
 
     def _insertion(self, text: str) -> bytes:
         """Return the keys that put a text into the line."""
@@ -7136,7 +7237,7 @@ class LineEditor:
         # Python can't hand the editor characters that the locale does not have.
         text = strip_control_characters(text).encode(encoding, "replace").decode(encoding)
         if self._is_tall(text) or (self._libedit and self._is_hard_for_libedit(text, pasted)):
-            return self._placeholder(text)
+            return self._placeholders.add(text)
         return text.replace("\n", NEWLINE_SIGN) if self._libedit else text
 
     def _is_hard_for_libedit(self, text: str, pasted: bool) -> bool:
@@ -7148,31 +7249,19 @@ class LineEditor:
         is_long = len(text) > MAX_TYPED_RUN
         return has_pasted_lines or is_long or NEWLINE_SIGN in text
 
-    def _placeholder(self, text: str) -> str:
-        """Return the placeholder that stands for a text in the line."""
-        number = len(self._placeholders) + 1
-        beginning = shorten(text.replace(NEWLINE_SIGN, " "), 30)
-        placeholder = f"[{number}: {beginning} {len(text)} characters]"
-        return self._placeholders.setdefault(text, placeholder)
-
     def _current_line(self) -> str:
         """Return what stands in the line editor's line."""
-        # Before the first key libedit's buffer still holds the line before.
         if not self._readline or not self._proxy.last_sent:
             return ""
-        return str(self._readline.get_line_buffer())
-
-    def _shortened(self, line: str) -> str:
-        """Return a line with a placeholder for its text; a command stays before it."""
-        if not line.startswith("/"):
-            return self._placeholder(line)
-        command, space, text = line.partition(" ")
-        return command + space + self._placeholder(text)
+        line: str = self._readline.get_line_buffer()
+        # Until something is typed libedit's buffer holds the line before, with its newline.
+        return "" if self._libedit and line == self._line_before else line
 
     def _is_tall(self, text: str) -> bool:
         """Tell if a text would push out of the window what was said before it."""
         columns, rows = os.get_terminal_size(self._stdin.fileno())
-        text_rows = sum(1 + display_width(line) // (columns or 80) for line in text.splitlines())
+        widths = [column_after(0, line) for line in text.splitlines()]
+        text_rows = sum(1 + width // (columns or 80) for width in widths)
         return text_rows > (rows or 24) - 4
 
     def _offer(self, text: str) -> str:
@@ -7212,7 +7301,7 @@ class LineEditor:
         """Read one line. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
         if self.interactive:
             line = self._edit_line(prompt, text)
-            while placeholder := self._changed_placeholder(line):
+            while placeholder := self._placeholders.changed_in(line):
                 self._add_history(placeholder)
                 self._screen.notice(
                     f"{placeholder} stands for a text and was changed, so nothing is sent."
@@ -7256,6 +7345,7 @@ class LineEditor:
         """Read a line with the line editor; return it as it stood there."""
         self._pasted.clear()
         self._line_is_empty = not text
+        self._line_before = self._readline.get_line_buffer()
         if self._screen.styled:
             # The marks \x01 and \x02 take the colour out of the editor's count of columns. Libedit
             # loses a colour that nothing follows.
@@ -7280,7 +7370,7 @@ class LineEditor:
 
     def _parse_line(self, line: str) -> Prompt:
         """Return what a line of the editor stands for."""
-        pasted = [*self._pasted, *self._placeholders.values()]
+        pasted = [*self._pasted, *self._placeholders]
         begins_pasted = any(
             line.lstrip().startswith(text.lstrip()) for text in pasted if text.strip()
         )
@@ -7289,32 +7379,21 @@ class LineEditor:
             typed = typed.replace(text, "", 1)
         has_typed_newline = "\n" in typed or (self._libedit and NEWLINE_SIGN in typed)
         is_typed_line = not begins_pasted and not has_typed_newline
-        return Prompt(self._without_placeholders(line), is_typed_line)
+        return Prompt(self._text_of(line), is_typed_line)
 
-    def _changed_placeholder(self, line: str) -> str:
-        """Return the placeholder that a line holds a part of, if there is one."""
-        for placeholder in self._placeholders.values():
-            beginning = placeholder[:10]
-            if line.count(beginning) > line.count(placeholder):
-                return placeholder
-        return ""
-
-    def _without_placeholders(self, line: str) -> str:
+    def _text_of(self, line: str) -> str:
         """Return the text that a line of the editor stands for."""
         if self._libedit:
             line = line.replace(NEWLINE_SIGN, "\n")
-        if not self._placeholders:
-            return line
-        texts = {placeholder: text for text, placeholder in self._placeholders.items()}
-        any_placeholder = "|".join(map(re.escape, texts))
-        return re.sub(any_placeholder, lambda match: texts[match[0]], line)
+        return self._placeholders.replaced_in(line)
 
     def _drop(self, lines: list[str]) -> None:
         """Have Up bring back the lines of a prompt that Ctrl+C dropped."""
-        # Before the first key libedit's buffer still holds the line before.
         line = self._parse_line(self._current_line())
-        lines = [*lines, line.text if line.is_typed_line else typed_form(line.text)]
-        self._dropped = "\n".join(lines).strip("\n")
+        if lines:
+            self._dropped = "\n".join([*lines, line.text]).strip("\n")
+        else:
+            self._dropped = line.text if line.is_typed_line else typed_form(line.text)
         if self._readline and self._dropped:
             self._add_history(self._dropped)
 
@@ -7350,7 +7429,8 @@ class Signals:
 
         EXIT  -- start_chat -->  STOP  <-- cancellable -->  CANCEL
 
-    Only the main thread gets signals, and it never runs the engine: none can tear a computation.
+    Python runs handlers in the main thread only, which never runs the engine: no signal can tear a
+    computation.
     """
 
     # Sent by the program to itself. It is ignored by default, so no other program sends it.
@@ -8043,6 +8123,8 @@ class Chat:
                 is_leaving = True
                 continue
             is_leaving = False
+            # A stop that came before the line was sent was not meant for its reply.
+            self.signals.stop_requested = False
             if prompt.is_typed_line and prompt.text.lower().removeprefix("/") in LEAVE_WORDS:
                 break
             # Show what comes of it, and write it down.
@@ -8057,7 +8139,6 @@ class Chat:
         self.draft = ""
         self._show_waiting_files()
         self.signals.exit_if_signalled()
-        self.signals.stop_requested = False
         # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
         if not self.editor.interactive or self.hosts.size > 1 or not self.settings.read_ahead:
             with self.signals.cancellable():
@@ -8107,20 +8188,28 @@ class Chat:
         if self.hosts.size > 1 or self._loader is None:
             raise ChatError("Several hosts can't change their model: leave, and start with it.")
         wanted = dataclasses.replace(self.settings, **self._choice(name)._asdict())
-        with self.signals.cancellable(), self._loader.status():
-            found = self._loader.find(wanted)
-            # What the engine computes for the old model must have ended.
+        try:
+            with self.signals.cancellable(), self._loader.status():
+                found = self._loader.find(wanted)
+                # What the engine computes for the old model must have ended.
+                self.conversation.wait_until_idle()
+        except KeyboardInterrupt:
+            # The libraries must be done with the standard streams before a line is read.
             self.conversation.wait_until_idle()
+            raise
         old = ModelChoice.of(self.settings)
         self.conversation.release_model()
         problem = self._load_in_place(found, wanted)
         if problem:
             self._load_again(problem)
             return
-        self._adopt(wanted, found.folder)
-        if old.adapter or old.revision:
+        self.screen.notice(f"The model is {wanted.model} now.")
+        if (old.adapter, old.revision) not in (
+            (None, None),
+            (wanted.adapter, wanted.revision),
+        ):
             self.screen.notice(f"--adapter and --revision are those of {old.model} alone.")
-        self.screen.notice(f"The model is {self.settings.model} now.")
+        self._adopt(wanted, found.folder)
 
     def _choice(self, name: str) -> ModelChoice:
         resolved = resolve_model_name(name)
@@ -8145,6 +8234,8 @@ class Chat:
         """Load the model that was in use, after another one could not be loaded."""
         assert self._loader is not None
         with self._loader.status():
+            # A load that was interrupted goes on to its end.
+            self.conversation.wait_until_idle()
             found = self._loader.find(self.settings)
             self.conversation.use_model(self._loader.load(found, self.settings))
         self._show_error(ChatError(f"{problem} {self.settings.model} is loaded again."))
@@ -8156,9 +8247,9 @@ class Chat:
         for name, source in list(self.settings.sources.items()):
             if source == RECOMMENDATIONS_FILE:
                 self.settings.reset(name)
+        self.autosave.record_model()
         if self.settings.recommended and (sentence := apply_recommended(self.settings, folder)):
             self.screen.notice(sentence)
-        self.autosave.record_model()
 
     def _show_error(self, error: ChatError) -> None:
         self.screen.notice(str(error), RED)
@@ -8244,12 +8335,9 @@ class Chat:
         """Show the pieces of a reply as they come, until it ends or a stop is requested."""
         activity = "reading the prompt"
 
-        def status() -> str:
-            return "stopping..." if self.signals.stop_requested else activity
-
         view = ReplyView(self.screen, self.settings.hide_thoughts, self.settings.plain)
         # To close the generator is to stop the reply. It yields often, also while the engine works.
-        with self.screen.status(status), view, contextlib.closing(pieces):
+        with self.screen.status(lambda: activity), view, contextlib.closing(pieces):
             for piece in pieces:
                 if self.signals.stop_requested:
                     break

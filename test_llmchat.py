@@ -1568,8 +1568,7 @@ def test_marks_are_known_by_their_parts(format, prefilled, text, thought, answer
             kind: "".join(p.text for p in pieces if p.kind == kind).strip("\n")
             for kind in ("thought", "answer")
         }
-        # What never closes the thought that the prompt opened is shown as it comes; it is an
-        # answer.
+        # What never closes the thought that the prompt opened is shown as it comes.
         assert splitter.is_unclosed == (thought is None)
         assert shown == (
             {"thought": answer, "answer": ""}
@@ -1580,6 +1579,44 @@ def test_marks_are_known_by_their_parts(format, prefilled, text, thought, answer
             "content": answer,
             **({"reasoning_content": thought} if thought else {}),
         }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_reply_is_told_apart_alike_however_it_arrives(format) -> None:
+    chance = random.Random(1)
+    format = llmchat.ThoughtFormat(*FORMATS[format])
+    marks = [part for mark in format[:4] for part in llmchat.split_mark(mark)]
+    words = [*marks, "<", "|>", "to=", " ", "\n", "\n\n", "a b. ", "<|"]
+    for _ in range(200):
+        text = "".join(chance.choices(words, k=8))
+        prefilled = chance.choice(
+            ["", format.thought_start, format.thought_start + format.thought_end]
+        )
+        outcomes = set()
+        for size in (1, chance.randint(2, 5), len(text)):
+            splitter = ThoughtSplitter(format, prefilled)
+            pieces = [
+                p for n in range(0, len(text), size) for p in splitter.feed(text[n : n + size])
+            ]
+            pieces += splitter.finish()
+            shown = [
+                "".join(p.text for p in pieces if p.kind == kind) for kind in ("thought", "answer")
+            ]
+            outcomes.add((*shown, *splitter.message().values()))
+        assert len(outcomes) == 1, (prefilled, text)
+
+
+def test_a_template_that_is_nested_deep_is_asked_nothing() -> None:
+    deep = template_of(CHATML + "{{ enable_thinking }}{{ " + "(" * 500 + "1" + ")" * 500 + " }}")
+    assert deep.variables == set() and llmchat.detect_thoughts(deep) == llmchat.ThoughtFormat()
+    with pytest.raises(ChatError, match="can't render this model's prompts: "):
+        deep.check()
+    long = template_of(
+        chatml(WITHOUT_THOUGHT, before="{{ " + " + ".join(["'x'"] * 300) + " }}{{ thinking }}")
+    )
+    long.check()
+    assert llmchat.detect_thoughts(long).thought_end.strip() == "</think>"
+    assert "x" in long.literals
 
 
 def test_a_reply_can_not_drive_the_terminal_wherever_it_is_split() -> None:
@@ -2077,6 +2114,9 @@ class Talk(Conversation):
     @property
     def cache(self) -> llmchat.PromptCache:
         return self._inference.call(lambda inference: inference._cache)
+
+    def limit(self) -> llmchat.Limit:
+        return self._inference.call(lambda inference: inference.limit)
 
     def limit_context(self, tokens: int | None) -> None:
         """Have a model that takes so many tokens, in the same conversation."""
@@ -3251,14 +3291,12 @@ def test_a_state_that_is_damaged_or_of_something_else_changes_no_word(talk, tmp_
     cached_tokens(talk.messages[:2])
     cached_tokens([])
     gone_on(talk, file, HELLO.messages()).expect(ADA)
-    # Cut off, and with one bit of its description that has turned.
+    # Cut off, or no state at all.
     for length in (0, 4, header // 2, header, chance.randrange(header, len(data)), len(data) - 1):
         file.write_bytes(data[:length])
         assert cached_tokens() == 0
-    for _ in range(4):
-        place, bit = chance.randrange(header), 1 << chance.randrange(8)
-        file.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
-        cached_tokens()
+    file.write_bytes(bytes(header) + data[header:])
+    assert cached_tokens() == 0
     file.unlink()
     assert cached_tokens() == 0
 
@@ -3414,8 +3452,7 @@ def byte_tokenizer(
     pre_tokenizer=None,
     decoder=None,
 ):
-    """mlx-lm's wrapper of a tokenizer of characters or bytes, with the tokens that a template
-    names."""
+    """mlx-lm's wrapper of a tokenizer of characters or bytes, with a template's tokens."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
