@@ -6803,6 +6803,8 @@ class TerminalProxy:
 
     def _run(self) -> None:
         """Copy keys from the terminal to the line editor, until `close`."""
+        # A signal that this thread got would not wake the main thread, which waits for input.
+        block_signals()
         while True:
             has_keys = self._is_reading and bool(self._outgoing or self._queue.has_items())
             is_ready = has_keys and self._editor_is_ready()
@@ -7687,12 +7689,13 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 # What the keys do, for /help.
 KEYS_HELP = (
     (", ".join(LEAVE_WORDS), "leave, as Ctrl+D does"),
-    ("Ctrl+C, Esc", "stop the reply; Ctrl+C drops the line, Up brings it back"),
+    ("Ctrl+C, Esc", "stop the reply"),
+    ("Ctrl+C", "drop the line, which Up brings back"),
     ("Up, Ctrl+R, Tab", "earlier prompts; find one; complete commands and file names"),
-    ("Alt+Enter, Shift+Enter", "a new line, as Esc and then Enter"),
+    ("Alt+Enter", "a new line, as Shift+Enter, and as Esc and then Enter"),
     ('"""', "begin and end a prompt of several lines"),
     ("//", "begin a prompt with a slash"),
-    ("llmchat -c", "continue this chat later; llmchat --chats lists all, -c 3 continues the third"),
+    ("llmchat -c", "continue this chat later; llmchat --chats lists all"),
 )
 
 

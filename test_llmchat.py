@@ -4320,6 +4320,16 @@ def test_an_esc_right_after_a_reply_was_for_the_reply(reader) -> None:
     assert read(screen, "a b", "\x1b", "b", "X") == TYPED("a bbX")
 
 
+def test_a_line_is_drawn_again_when_the_program_goes_on(reader) -> None:
+    screen = reader()
+    for text in ("Say ", "hello"):
+        screen.send(text, text)
+        os.kill(screen.pid, signal.SIGSTOP)
+        os.kill(screen.pid, signal.SIGCONT)
+        screen.expect("prompt -> Say ")
+    assert read(screen) == TYPED("Say hello")
+
+
 VI_EDITING = {
     "Esc by itself": (["abc def", "\x1b", "h", "iX"], "abc dXef"),
     "Esc at once": (["\x1b", "ab"], "b"),
