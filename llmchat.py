@@ -6921,7 +6921,7 @@ def asks_for_vi_keys(libedit: bool) -> bool:
 MAX_LIBEDIT_LINE = 1500
 
 # Libedit takes less time than this for a key.
-SETTLED_S = 0.1
+SETTLED_S = 0.2
 
 
 def enlarge_libedit_buffers(readline: Any) -> None:
@@ -7215,18 +7215,24 @@ class LineEditor:
 
     def _in_place_of_long_line(self, keys: bytes) -> bytes:
         """Return the keys; if there is no room, the line becomes a placeholder first."""
-        line = self._current_line()
+        if len(self._current_line()) + len(keys) <= MAX_LIBEDIT_LINE:
+            return keys
+        # While libedit is at work on earlier keys its buffer may hold a part of an older line.
+        line = self._settled_line()
         if len(line) + len(keys) <= MAX_LIBEDIT_LINE:
             return keys
-        # Libedit may still be at work on earlier keys.
-        before = ""
-        while line != before:
-            time.sleep(SETTLED_S)
-            before = line
-            line = self._current_line()
         kill_line = LIBEDIT_BYTES[Key.KILL_LINE.sequence]
         shorter_line = self._placeholders.add_after_command(self._text_of(line))
         return kill_line + shorter_line.encode(errors="replace") + keys
+
+    def _settled_line(self) -> str:
+        """Return what stands in the line editor's line once it has stood there for a moment."""
+        line = self._current_line()
+        while True:
+            time.sleep(SETTLED_S)
+            if line == self._current_line():
+                return line
+            line = self._current_line()
 
     def _insertion(self, text: str) -> bytes:
         """Return the keys that put a text into the line."""
