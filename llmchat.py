@@ -487,7 +487,7 @@ class Settings:
     recommended: bool = option(
         False, parse_bool, None, "sample as the model's author recommends", Scope.CONFIG
     )
-    plain: bool = option(False, parse_bool, None, "show Markdown without colours")
+    plain: bool = option(False, parse_bool, None, "no colours, and no line that is redrawn")
     stats: bool = option(
         False, parse_bool, None, "show time, tokens and cache use after each reply"
     )
@@ -7745,7 +7745,7 @@ def continue_reply(chat: Chat, text: str) -> None:
 
 @command("/answer")
 def answer(chat: Chat, text: str) -> None:
-    """Stop thinking and answer now, after a thought was cut or stopped."""
+    """Answer now, after a thought was cut or stopped."""
     chat.show_reply(chat.conversation.continue_reply(end_thought=True))
 
 
@@ -7774,7 +7774,7 @@ def settings_table(settings: Settings, names: Sequence[str]) -> list[tuple[str, 
 
 @command("/set", "[KEY VALUE]")
 def change_setting(chat: Chat, text: str) -> None:
-    """List the settings, show one, or change it; the value default puts it back."""
+    """List settings, show one, or change it; VALUE default resets it."""
     settings = chat.settings
     key, _, value = re.sub(r"[\s=]+", " ", text, count=1).partition(" ")
     if key == "parameter" and value:
@@ -7868,7 +7868,7 @@ def copy_answer(chat: Chat, text: str) -> None:
 
 @command("/save", "FILE")
 def save(chat: Chat, text: str) -> None:
-    """Write the conversation: NAME.md as Markdown, else as --session does."""
+    """Write the conversation: *.md as Markdown, else as --session."""
     if not text:
         raise ChatError("/save needs the name of a file.")
     if chat.hosts.rank:
