@@ -22,6 +22,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import mmap
 import os
 import platform
@@ -49,6 +50,7 @@ from statistics import median
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
@@ -2549,6 +2551,12 @@ class Model(llama.Model):
 """
 
 
+runs_own_code = pytest.mark.skipif(
+    "model_file" not in Path(mlx_lm.utils.__file__).read_text(),
+    reason="this mlx-lm can't run a model's own code",
+)
+
+
 def slow(folder: Path, model: str, seconds: float) -> list[str]:
     """The arguments that start a model which takes so long for a step of a prompt."""
     code = put("slow.py", SLOW_NETWORK.format(seconds=seconds))
@@ -2623,6 +2631,7 @@ def test_what_runs_meanwhile_is_left_at_its_next_step_and_its_bugs_are_raised() 
         assert engine.is_idle_within(60)
 
 
+@runs_own_code
 @pytest.mark.parametrize("key", [CTRL_C, "\x1b"], ids=["Ctrl+C", "Esc"])
 def test_a_stop_in_a_long_step_brings_the_prompt_back_at_once(
     key, demo, terminal, tmp_path
@@ -2650,7 +2659,10 @@ LEAVING = {
 
 
 @pytest.mark.parametrize("way", slow_but(["Ctrl+D", "SIGTERM"], LEAVING))
-@pytest.mark.parametrize("moment", ["loading", "prefill", "reply", "reading ahead"])
+@pytest.mark.parametrize(
+    "moment",
+    ["loading", pytest.param("prefill", marks=runs_own_code), "reply", "reading ahead"],
+)
 def test_leaving_while_the_engine_works_is_quiet(
     moment, way, demo, terminal, home, tmp_path
 ) -> None:
@@ -4896,7 +4908,8 @@ def test_turns_that_no_longer_fit_are_found_in_few_renderings(demo) -> None:
     ENGINE.call(profile.disable)
     render = llmchat.ChatTemplate.render.__code__
     (calls,) = (entry.callcount for entry in profile.getstats() if entry.code is render)
-    assert 1 < calls < 20
+    # A few for each time that the number of messages is halved.
+    assert 1 < calls < 4 * math.log2(len(messages))
 
 
 def test_a_template_that_never_ends_is_stopped(demo, terminal, tmp_path) -> None:
