@@ -4500,24 +4500,25 @@ class Inference:
             return Limit(context_length, f"the model's {context_length} tokens")
         return Limit(memory_tokens, f"this machine's memory (about {memory_tokens} tokens)")
 
-    def warm_up(self) -> None:
+    def warm_up(self, notes_memory: bool = True) -> None:
         """Ask the template and measure the memory, once; leave what the user should know as notes.
 
+        A script that runs every night need not be told each time what the memory has room for.
         Raises `ChatError` if the template can't render a prompt at all.
         """
         if self.is_warm.is_set():
             return
         try:
             self._model.template.check()
-            self._note_limits()
+            self._note_limits(notes_memory)
         finally:
             self.is_warm.set()
 
-    def _note_limits(self) -> None:
+    def _note_limits(self, notes_memory: bool) -> None:
         note = self.thinking_note()
         if note:
             self._notes.put(note)
-        if self.limit.tokens != self._model.context_length:
+        if notes_memory and self.limit.tokens != self._model.context_length:
             self._notes.put(
                 f"The memory has room for a conversation of about {self.limit.tokens} tokens."
             )
@@ -4856,9 +4857,9 @@ class Conversation:
         """Return a sentence on what the template can't do of the way to think, or nothing."""
         return self._inference.call(lambda inference: inference.thinking_note())
 
-    def warm_up(self) -> None:
-        """Ask the template and measure the memory. Raises `ChatError` if the template fails."""
-        self._inference.call(lambda inference: inference.warm_up())
+    def warm_up(self, notes_memory: bool) -> None:
+        """Do what `Inference.warm_up` does. Raises `ChatError` if the template fails."""
+        self._inference.call(lambda inference: inference.warm_up(notes_memory))
 
     def wait_until_warm(self, timeout_s: float) -> None:
         """Wait for the end of `warm_up` in another thread, but not longer than this."""
@@ -8556,7 +8557,7 @@ def run(
     chat = open_chat(settings, screen, editor, hosts, signals, engine, saved_chats)
     with contextlib.closing(chat):
         if not (is_chat_on_terminal and settings.read_ahead):
-            chat.conversation.warm_up()
+            chat.conversation.warm_up(notes_memory=is_chat_on_terminal)
             chat.show_notes()
         if prompt is not None:
             return chat.answer_once(prompt)

@@ -2494,7 +2494,7 @@ def test_a_network_that_computes_no_numbers_ends_the_reply_with_a_sentence(
 
 
 def test_the_welcome_names_the_bound_of_the_memory_and_force_lifts_it(
-    demo, terminal, tmp_path, home
+    demo, terminal, chat, tmp_path, home
 ) -> None:
     endless = changed(tmp_path / "endless", demo, configured(max_position_embeddings=1 << 40))
     assert fits("\nThe memory has room for a conversation of about * tokens.\n").search(
@@ -2502,6 +2502,8 @@ def test_the_welcome_names_the_bound_of_the_memory_and_force_lifts_it(
     )
     for arguments in ([endless, "--force"], [demo]):
         assert "The memory" not in terminal(*arguments).output
+    # A script is not told.
+    assert "The memory" not in chat(endless, "--max-tokens", "1", stdin="Hello\n").err
 
 
 def test_history_and_system_prompt_take_effect_at_once(talk) -> None:
