@@ -621,7 +621,14 @@ class Settings:
 OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Settings) if field.metadata
 }
-KEYS = {name.replace("_", "-"): SettingKey(name, False) for name in OPTIONS}
+
+
+def key_of(name: str) -> str:
+    """Return the key of a setting, as a config file and `/set` have it."""
+    return name.replace("_", "-")
+
+
+KEYS = {key_of(name): SettingKey(name, False) for name in OPTIONS}
 KEYS.update(
     {
         f"no-{key}": SettingKey(name, True)
@@ -633,7 +640,7 @@ KEYS.update(
 
 def find_key(key: str) -> SettingKey | None:
     """Return what a key means, in any case and with `_` or `-`; None if it means nothing."""
-    return KEYS.get(key.lower().replace("_", "-"))
+    return KEYS.get(key_of(key.lower()))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -648,7 +655,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def flags_of(name: str) -> list[str]:
     """Return the flags of a setting, the short one first."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = f"--{key_of(name)}"
     short_flag = OPTIONS[name].short_flag
     return [short_flag, flag] if short_flag else [flag]
 
@@ -799,7 +806,7 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
 def folder_config_notice(settings: Settings) -> str:
     """Return a sentence on what the working folder's config file has set, or nothing."""
     names = [name for name, source in settings.sources.items() if source == CONFIG_FILE]
-    keys = ", ".join(name.replace("_", "-") for name in names)
+    keys = ", ".join(map(key_of, names))
     return f"./{CONFIG_FILE} sets {keys}." if keys else ""
 
 
@@ -1756,6 +1763,11 @@ def with_texts(message: Message, change: Callable[[str], str]) -> Message:
     return {**message, **{key: change(message[key]) for key in keys if message.get(key)}}
 
 
+def with_typed_block(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its text as a typed block."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
 class ChatTemplate:
     """Turns messages into the text and the tokens that a model is fed, by its own chat template."""
 
@@ -1835,14 +1847,10 @@ class ChatTemplate:
                 f"{self.name} has several chat templates ({names}), and none is the default. "
                 "Name another model."
             )
-        try:
-            text = self._apply([self._with_typed_content(QUESTION)], True, {})
+        what = f"The chat template of {self.name} can't render this model's prompts"
         # The template is a program of others: it may raise anything.
-        except Exception as error:
-            raise ChatError(
-                f"The chat template of {self.name} can't render this model's prompts: "
-                f"{quote_error(error)}. Name another model."
-            ) from error
+        with explain_errors(what, "Name another model.", Exception):
+            text = self._apply([self._with_typed_content(QUESTION)], True, {})
         if PROBE_QUESTION not in text:
             raise ChatError(
                 f"The chat template of {self.name} leaves out what the user says. "
@@ -1860,15 +1868,12 @@ class ChatTemplate:
         Raises `ChatError`.
         """
         typed = [self._with_typed_content(message) for message in messages]
-        try:
-            text = self._apply(typed, add_generation_prompt, variables)
+        what = f"The chat template of {self.name} can't render this conversation"
+        advice = "Leave out the system prompt, or take turns back with /undo."
         # The template is a program of others: it may raise anything. A step of it that makes
         # gigabytes of text can't be stopped from here.
-        except Exception as error:
-            raise ChatError(
-                f"The chat template of {self.name} can't render this conversation: "
-                f"{quote_error(error)}. Leave out the system prompt, or take turns back with /undo."
-            ) from error
+        with explain_errors(what, advice, Exception):
+            text = self._apply(typed, add_generation_prompt, variables)
         if len(text) > MAX_CHARACTERS:
             raise ChatError(
                 f"The chat template of {self.name} makes {len(text)} characters of it. "
@@ -1894,7 +1899,7 @@ class ChatTemplate:
         """Return a message with its content as a typed block, if the template takes no text."""
         content = message["content"]
         if isinstance(content, str) and message["role"] in self._typed_roles:
-            return {**message, "content": [{"type": "text", "text": content}]}
+            return with_typed_block(message)
         return message
 
     @functools.cached_property
@@ -1910,22 +1915,19 @@ class ChatTemplate:
                 return PROBE_ANSWER in self._apply(messages, True, {})
             return False
 
-        def with_blocks(message: dict[str, Any]) -> dict[str, Any]:
-            return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
         def needs_blocks(
             before: Sequence[dict[str, Any]], role: str, after: Sequence[dict[str, Any]]
         ) -> bool:
             message = {"role": role, "content": PROBE_ANSWER}
             if comes_out(*before, message, *after):
                 return False
-            return comes_out(*before, with_blocks(message), *after)
+            return comes_out(*before, with_typed_block(message), *after)
 
         typed = set()
         question = QUESTION
         if needs_blocks([], "user", []):
             typed.add("user")
-            question = with_blocks(QUESTION)
+            question = with_typed_block(QUESTION)
         if needs_blocks([question], "assistant", [question]):
             typed.add("assistant")
         if needs_blocks([], "system", [question]):
@@ -3438,15 +3440,6 @@ class ThoughtFormat(NamedTuple):
             if TOKEN_LIKE.fullmatch(part):
                 text = text.replace(part, part[0] + TOKEN_BREAK + part[1:])
         return text
-
-    def raw_reply(self, message: Message, prefilled: str = "") -> str:
-        """Return a reply as the model writes it, after what the prompt holds of it already."""
-        answer = message["content"]
-        thought = message.get("reasoning_content", "")
-        if not thought:
-            return answer if prefilled else self.answer_start + answer
-        text = thought + self.end_of_thought + answer if answer else thought
-        return text if prefilled else self.thought_start + text
 
 
 class FoundMark(NamedTuple):
@@ -7228,12 +7221,11 @@ class LineEditor:
 
     def _settled_line(self) -> str:
         """Return what stands in the line editor's line once it has stood there for a moment."""
-        line = self._current_line()
         while True:
+            line = self._current_line()
             time.sleep(SETTLED_S)
             if line == self._current_line():
                 return line
-            line = self._current_line()
 
     def _insertion(self, text: str) -> bytes:
         """Return the keys that put a text into the line."""
@@ -7769,7 +7761,7 @@ def settings_table(settings: Settings, names: Sequence[str]) -> list[tuple[str, 
         if OPTIONS[name].scope is Scope.CHAT:
             value = strip_control_characters(format_value(getattr(settings, name)))
             source = settings.sources.get(name, "default")
-            rows.append((name.replace("_", "-"), value, source))
+            rows.append((key_of(name), value, source))
     return rows
 
 
@@ -7789,13 +7781,12 @@ def change_setting(chat: Chat, text: str) -> None:
         settings.reset(found.name)
         name = found.name
     else:
-        with_key = shorten(key, 40)
         try:
             name = settings.set_from_text(key, value.strip(), "here")
         except argparse.ArgumentTypeError as error:
-            raise ChatError(f"{with_key} {error}") from error
+            raise ChatError(f"{shorten(key, 40)} {error}") from error
     shown = format_value(getattr(settings, name))
-    chat.screen.notice(f"{name.replace('_', '-')} = {shown}")
+    chat.screen.notice(f"{key_of(name)} = {shown}")
     # The engine may still be at work.
     with chat.signals.cancellable():
         if name == "seed":

@@ -1560,16 +1560,22 @@ REPLIES = [
 ]
 
 
+def split_in_steps(splitter: ThoughtSplitter, text: str, size: int) -> dict[str, str]:
+    """The thought and the answer of a reply that arrives so many characters at a time."""
+    steps = (splitter.feed(text[n : n + size]) for n in range(0, len(text), size))
+    pieces = [*itertools.chain.from_iterable(steps), *splitter.finish()]
+    return {
+        kind: "".join(piece.text for piece in pieces if piece.kind == kind)
+        for kind in ("thought", "answer")
+    }
+
+
 @pytest.mark.parametrize(("format", "prefilled", "text", "thought", "answer"), REPLIES)
 def test_marks_are_known_by_their_parts(format, prefilled, text, thought, answer) -> None:
     for size in (1, 2, 3, 7, len(text)):
         splitter = ThoughtSplitter(llmchat.ThoughtFormat(*FORMATS[format]), prefilled)
-        pieces = [p for n in range(0, len(text), size) for p in splitter.feed(text[n : n + size])]
-        pieces += splitter.finish()
-        shown = {
-            kind: "".join(p.text for p in pieces if p.kind == kind).strip("\n")
-            for kind in ("thought", "answer")
-        }
+        pieces = split_in_steps(splitter, text, size)
+        shown = {kind: shown.strip("\n") for kind, shown in pieces.items()}
         # What never closes the thought that the prompt opened is shown as it comes.
         assert splitter.is_unclosed == (thought is None)
         assert shown == (
@@ -1597,14 +1603,8 @@ def test_a_reply_is_told_apart_alike_however_it_arrives(format) -> None:
         outcomes = set()
         for size in (1, chance.randint(2, 5), len(text)):
             splitter = ThoughtSplitter(format, prefilled)
-            pieces = [
-                p for n in range(0, len(text), size) for p in splitter.feed(text[n : n + size])
-            ]
-            pieces += splitter.finish()
-            shown = [
-                "".join(p.text for p in pieces if p.kind == kind) for kind in ("thought", "answer")
-            ]
-            outcomes.add((*shown, *splitter.message().values()))
+            shown = split_in_steps(splitter, text, size)
+            outcomes.add((*shown.values(), *splitter.message().values()))
         assert len(outcomes) == 1, (prefilled, text)
 
 
