@@ -6695,6 +6695,8 @@ class TerminalProxy:
         # The rest of what the line editor is being given, and what it got last in this line.
         self._outgoing = b""
         self.last_sent = b""
+        # After an Enter the line editor got one more key, and nothing since.
+        self._sent_after_enter = False
         # A line is being read, and what an Esc in it means: see `reading`.
         self._is_reading = False
         self._escape_is_key = False
@@ -6771,6 +6773,7 @@ class TerminalProxy:
                 self._queue.drop_escape()
                 self._outgoing = keys
                 self.last_sent = b""
+                self._sent_after_enter = False
                 self._escape_is_key = escape_is_key
                 self._late_until_s = late_until_s
                 self._line_ended.clear()
@@ -6784,11 +6787,15 @@ class TerminalProxy:
         finally:
             self._is_reading = False
             self._line_ended.set()
+            with self._lock:
+                # Enter did end the line, only late: the key after it is not for the next one.
+                if self._sent_after_enter:
+                    termios.tcflush(self._stdin, termios.TCIFLUSH)
 
     def has_typed_ahead(self) -> bool:
         """Tell if there are keys that the line editor has not been given."""
-        unread, _, _ = select.select([self._terminal], [], [], 0)
         with self._lock:
+            unread, _, _ = select.select([self._terminal], [], [], 0)
             return bool(unread or self._outgoing or self._queue.has_keys())
 
     def _wake(self) -> None:
@@ -6833,17 +6840,21 @@ class TerminalProxy:
 
     def _receive(self) -> None:
         """Add what was typed to the queue."""
-        data = b""
-        with contextlib.suppress(OSError):
-            data = os.read(self._terminal, 1 << 16)
-        if not data:
-            # The terminal is gone. It is always readable: this thread must not spin.
-            time.sleep(BURST_S)
-            # The rest of a key or a paste never comes.
-            self._sort()
-            data = TERMINAL_GONE
+        # Between the terminal and the queue nobody must look for what was typed ahead.
         with self._lock:
-            self._queue.add(data)
+            data = b""
+            with contextlib.suppress(OSError):
+                data = os.read(self._terminal, 1 << 16)
+            if data:
+                self._queue.add(data)
+                self._set_timer()
+                return
+        # The terminal is gone. It is always readable: this thread must not spin.
+        time.sleep(BURST_S)
+        # The rest of a key or a paste never comes.
+        self._sort()
+        with self._lock:
+            self._queue.add(TERMINAL_GONE)
             self._set_timer()
 
     def _set_timer(self) -> None:
@@ -6874,15 +6885,20 @@ class TerminalProxy:
             if not self._outgoing:
                 return
             self.last_sent = self._outgoing[:CHUNK_BYTES]
+            self._sent_after_enter = False
             with contextlib.suppress(BlockingIOError):
                 sent = os.write(self._pty_master, self.last_sent)
                 self._outgoing = self._outgoing[sent:]
         if self._outgoing or not self.last_sent.endswith(ENTERS):
             return
         # Enter ends the line, and what is in the queue is for the next one. In a search, or after
-        # Ctrl+V, it does not; and libedit ends a search only when another key comes.
-        if not self._line_ended.wait(BURST_S):
-            with contextlib.suppress(BlockingIOError):
+        # Ctrl+V, it does not; and libedit ends a search only when another key comes. So one key is
+        # sent that changes nothing: once it has been read in this line, the line goes on.
+        if self._line_ended.wait(BURST_S):
+            return
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if self._is_reading:
+                self._sent_after_enter = True
                 os.write(self._pty_master, self._to_editor(Key.REDRAW.sequence))
 
 

@@ -43,6 +43,7 @@ import textwrap
 import threading
 import time
 import timeit
+import tty
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -4240,6 +4241,43 @@ def read(screen: Terminal, *keys: str) -> str:
     screen.send("\r", "\n")
     said = screen.expect("\nprompt -> ")
     return said[said.index("Prompt(") :].removesuffix("\nprompt -> ")
+
+
+@pytest.fixture
+def proxy():
+    """A proxy between a terminal and a line editor, which is the test: both ends to write to."""
+    typed, stdin = os.openpty()
+    with open(stdin) as stdin:
+        proxy = llmchat.TerminalProxy(stdin, dumb=True, to_editor=lambda keys: keys)
+        proxy.open()
+        yield proxy, typed, stdin.fileno()
+        proxy.close()
+    os.close(typed)
+
+
+def test_a_line_that_ends_late_leaves_nothing_to_the_next_and_takes_nothing_of_it(proxy) -> None:
+    proxy, typed, stdin = proxy
+    lines = [b"one\r", b"two\r", b"three\r"]
+    os.write(typed, lines[0])
+    for line, next_line in itertools.zip_longest(lines, lines[1:], fillvalue=b""):
+        with proxy.reading(b"", escape_is_key=False, late_until_s=0):
+            tty.setraw(stdin, termios.TCSANOW)
+            assert b"".join(os.read(stdin, 1) for _ in line) == line
+            # The machine is busy when the line ends, and the user types on.
+            os.write(typed, next_line)
+            time.sleep(5 * llmchat.BURST_S)
+
+
+def test_what_was_typed_ahead_is_seen_at_every_moment(proxy) -> None:
+    proxy, typed, stdin = proxy
+    for _ in range(50):
+        os.write(typed, b"a\r")
+        wait_until(proxy.has_typed_ahead)
+        assert all(proxy.has_typed_ahead() for _ in range(2000))
+        with proxy.reading(b"", escape_is_key=False, late_until_s=0):
+            tty.setraw(stdin, termios.TCSANOW)
+            assert os.read(stdin, 1) + os.read(stdin, 1) == b"a\r"
+        assert not proxy.has_typed_ahead()
 
 
 EDITING = {
