@@ -442,7 +442,7 @@ class Settings:
         None,
         str,
         "TEXT",
-        "print the reply to TEXT, after piped input; - is that",
+        "print the reply to TEXT and leave; piped input goes before it, - is that alone",
         Scope.COMMAND_LINE,
         "-p",
     )
@@ -455,7 +455,7 @@ class Settings:
         0.9,
         number_parser(float, 0, 1),
         "P",
-        "choose among the likeliest with this total; 0 or 1 is off",
+        "choose among the likeliest with this total probability; 0 or 1 is off",
     )
     top_k: int = option(
         0, number_parser(int, 0), "K", "choose among the K likeliest tokens; 0 is off"
@@ -476,7 +476,10 @@ class Settings:
         True, parse_bool, None, "send the turns before a prompt with it", Scope.CONFIG
     )
     think: bool | str | None = option(
-        None, parse_effort, "|".join(EFFORTS), "have a reasoning model think, and how much"
+        None,
+        parse_effort,
+        f"[{'|'.join(EFFORTS)}]",
+        "have a reasoning model think, and how much",
     )
     max_thought_tokens: int = option(
         8192, number_parser(int, 0), "N", "the longest thought, in tokens; 0 is no limit"
@@ -516,7 +519,7 @@ class Settings:
         False,
         parse_bool,
         None,
-        "continue the last chat: of MODEL if it is named, or that with the number MODEL",
+        "continue the last chat; -c MODEL the last one with it, -c 3 the third of --chats",
         Scope.COMMAND_LINE,
         "-c",
     )
@@ -580,7 +583,8 @@ class Settings:
         """
         found = find_key(key)
         if found is None:
-            raise argparse.ArgumentTypeError(f"is no setting{did_you_mean(key, KEYS)}")
+            keys = [key for key, (name, _) in KEYS.items() if OPTIONS[name].scope in scopes]
+            raise argparse.ArgumentTypeError(f"is no setting{did_you_mean(key, keys)}")
         declared = OPTIONS[found.name]
         if declared.scope not in scopes:
             raise argparse.ArgumentTypeError(f"can only be given {declared.scope.value}")
@@ -7545,11 +7549,14 @@ COMMAND_LINE = re.compile(r"(/[a-z]+|/\?)(?:\s+(.*))?", re.DOTALL | re.IGNORECAS
 
 # What commands that people know from other chats are here.
 COMMANDS_ELSEWHERE = {
+    "/list": "/model",
     "/load": "/model NAME",
     "/show": "/set",
     "/reset": "/clear",
     "/new": "/clear",
     "/regenerate": "/retry",
+    "/set verbose": "/stats on",
+    "/set quiet": "/stats off",
 }
 SLASH_HINT = "To send a line that starts with /, type //."
 
@@ -7576,8 +7583,10 @@ def find_command(line: str) -> tuple[Command, str]:
         name = "/help"
     if name.removeprefix("/") in LEAVE_WORDS:
         raise ChatError(f"{name} leaves if it stands alone: nothing was done. {SLASH_HINT}")
-    if name in COMMANDS_ELSEWHERE:
-        raise ChatError(f"{name} is {COMMANDS_ELSEWHERE[name]} here; /help lists the commands.")
+    for typed in (name, f"{name} {text}"):
+        if typed in COMMANDS_ELSEWHERE:
+            meant = COMMANDS_ELSEWHERE[typed]
+            raise ChatError(f"{typed} is {meant} here; /help lists the commands.")
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or "; /help lists them."
         raise ChatError(f"There is no command {name}{hint} {SLASH_HINT}")
@@ -7789,7 +7798,8 @@ def change_setting(chat: Chat, text: str) -> None:
     if key == "parameter" and value:
         raise ChatError(f"That is /set {value} here.")
     found = find_key(key)
-    if not value and (found or not key):
+    can_show = found and OPTIONS[found.name].scope is Scope.CHAT
+    if not value and (can_show or not key):
         names = [found.name] if found else list(OPTIONS)
         chat.screen.write(format_table(settings_table(settings, names)))
         return

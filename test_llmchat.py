@@ -4195,6 +4195,7 @@ history = llmchat.PromptHistory(pathlib.Path(os.environ["HOME"], ".llmchat_histo
 editor = llmchat.LineEditor(sys.stdin, screen, history)
 escapes = []
 editor.open(llmchat.completions, lambda: escapes.append("Esc"))
+llmchat.Signals().__enter__()
 draft = ""
 while True:
     try:
@@ -4382,8 +4383,6 @@ def test_a_line_is_drawn_again_when_the_program_goes_on(reader) -> None:
     screen = reader()
     for text in ("Say ", "hello"):
         screen.send(text, text)
-        # A signal between the echo of a key and the wait for the next one is seen at that key.
-        time.sleep(0.2)
         os.kill(screen.pid, signal.SIGSTOP)
         os.kill(screen.pid, signal.SIGCONT)
         screen.expect("prompt -> Say ")
@@ -4831,6 +4830,26 @@ def test_settings_are_shown_changed_and_put_back(demo, chat, home) -> None:
     )
 
 
+OTHERWISE_CALLED = {
+    "/list": "/list is /model here; /help lists the commands.",
+    "/Show info": "/show is /set here; /help lists the commands.",
+    "/set verbose": "/set verbose is /stats on here; /help lists the commands.",
+    "/set parameter top-p 1": "That is /set top-p 1 here.",
+    "/set nothink": "nothink is no setting; did you mean no-think?",
+    # What can't be set in a chat is not what was meant.
+    "/set nohistory": "nohistory is no setting",
+    "/set history": "history can only be given before the chat",
+    "/exit now": "/exit leaves if it stands alone: *",
+    "/modle": "There is no command /modle; did you mean /model? *",
+    "/frob": "There is no command /frob; /help lists them. *",
+}
+
+
+def test_what_is_called_otherwise_elsewhere_is_named(demo, chat) -> None:
+    done = chat(demo, stdin="".join(f"{line}\n" for line in OTHERWISE_CALLED))
+    assert done.err.splitlines() == [Like(said) for said in OTHERWISE_CALLED.values()]
+
+
 def test_what_the_author_recommends_is_taken_where_the_user_says_nothing(
     demo, chat, tmp_path
 ) -> None:
@@ -4903,10 +4922,7 @@ def test_esc_stops_a_reply_and_a_paste_meanwhile_is_one_prompt(demo, terminal) -
     screen.send("Thanks" + "\x1b\r" + "a lot!", "a lot!")
     screen.send("\r", "\n*prompt -> ")
     screen.send("/save talk\r", "4 messages*prompt -> ")
-    # An Esc that comes just too late belongs to no key, and later to no paste.
-    screen.send("\x1b")
-    screen.send("/stats\r", "stats = true\n*prompt -> ")
-    time.sleep(llmchat.LATE_ESCAPE_S + 0.1)  # the time in which it is late
+    # An Esc by itself belongs to no paste.
     screen.send("\x1b")
     screen.send(MARKED("/clear\nnow") + "\r", "prompt -> ")
     screen.send('"""\r', "... ")
