@@ -6969,6 +6969,12 @@ class Prompt(NamedTuple):
 LEAVE_WORDS = ("quit", "bye", "exit")
 
 
+def quoted_block(lines: Sequence[str]) -> Prompt:
+    """Return the prompt that these lines are, after the three quotes that begin it."""
+    block = "\n".join(lines).rstrip().removesuffix('"""')
+    return Prompt(block.strip("\n"), is_typed_line=False)
+
+
 def typed_form(text: str) -> str:
     """Return what one types to send a text as it is: with its slash doubled, or in three quotes."""
     looks_quoted = text.startswith('"""')
@@ -7288,7 +7294,7 @@ class LineEditor:
     def _offer(self, text: str) -> str:
         """Return the text to put into the next line: nothing, if Up is to bring it there."""
         # What was typed ahead is a prompt of its own.
-        if not self._is_tall(text) and not self._proxy.has_typed_ahead():
+        if not self._proxy.has_typed_ahead():
             return text
         self._add_history(text)
         self._screen.notice("Press Up to edit the prompt.")
@@ -7315,8 +7321,7 @@ class LineEditor:
                     return Prompt("", is_typed_line=False)
                 break
             is_closed = lines[-1].rstrip().endswith('"""')
-        block = "\n".join(lines).rstrip().removesuffix('"""')
-        return Prompt(block.strip("\n"), is_typed_line=False)
+        return quoted_block(lines)
 
     def _read_line(self, prompt: str, text: str = "") -> Prompt:
         """Read one line. Raises `EOFError`, and `KeyboardInterrupt` on Ctrl+C."""
@@ -7412,9 +7417,8 @@ class LineEditor:
         """Have Up bring back the lines of a prompt that Ctrl+C dropped."""
         line = self._parse_line(self._current_line())
         if lines:
-            self._dropped = "\n".join([*lines, line.text]).strip("\n")
-        else:
-            self._dropped = line.text if line.is_typed_line else typed_form(line.text)
+            line = quoted_block([*lines, line.text])
+        self._dropped = line.text if line.is_typed_line else typed_form(line.text)
         if self._readline and self._dropped:
             self._add_history(self._dropped)
 

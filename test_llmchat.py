@@ -4087,7 +4087,8 @@ def test_a_refused_stopped_or_taken_back_prompt_comes_back_and_leaves_no_trace(
     screen.send(CTRL_U + "//clear\r", "\nprompt -> ")
     screen.send("/undo\r", "taken back*prompt -> //clear")
     screen.send(CTRL_U, "")
-    screen.send("xy, " * 3000 + "\r", "too long*Press Up to edit*\nprompt -> ")
+    # One that is taller than the window stands in the line as its placeholder.
+    screen.send("xy, " * 3000 + "\r", "too long*\nprompt -> [*: xy, xy*… 11999 characters]")
     screen.send(CTRL_U)
     assert screen.ask("What is my name?") == "Your name is Ada."
 
@@ -4357,9 +4358,13 @@ def test_ctrl_c_drops_a_line_that_up_brings_back(reader, home) -> None:
     screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
     screen.send(CTRL_C, "Ctrl+C, text: False\n\nprompt -> ")
     assert read(screen, UP) == NOT_TYPED("one\ntwo")
+    screen.send('"""\r', "... ")
+    screen.send('quit"""', "quit")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
+    assert read(screen, UP) == NOT_TYPED("quit")
     screen.send("a secret", "secret")
     screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
-    assert (home / ".llmchat_history").read_text() == "abcd\none\\ntwo\n"
+    assert (home / ".llmchat_history").read_text() == 'abcd\none\\ntwo\n"""quit"""\n'
 
 
 def test_an_esc_of_a_dropped_line_belongs_to_no_key(reader) -> None:
