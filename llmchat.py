@@ -7052,8 +7052,6 @@ class LineEditor:
         self._line_is_empty = True
         # The pasted texts, as they stand in the line that is being read.
         self._pasted: list[str] = []
-        # What the line editor's buffer held when it began to read the line.
-        self._line_before = ""
         # What the prompt held when Ctrl+C dropped it.
         self._dropped = ""
 
@@ -7281,8 +7279,8 @@ class LineEditor:
         if not self._readline or not self._proxy.last_sent:
             return ""
         line: str = self._readline.get_line_buffer()
-        # Until something is typed libedit's buffer holds the line before, with its newline.
-        return "" if self._libedit and line == self._line_before else line
+        # Until libedit reads the first key its buffer holds the line before, with its newline.
+        return "" if self._libedit and line.endswith("\n") else line
 
     def _is_tall(self, text: str) -> bool:
         """Tell if a text would push out of the window what was said before it."""
@@ -7371,7 +7369,6 @@ class LineEditor:
         """Read a line with the line editor; return it as it stood there."""
         self._pasted.clear()
         self._line_is_empty = not text
-        self._line_before = self._readline.get_line_buffer()
         if self._screen.styled:
             # The marks \x01 and \x02 take the colour out of the editor's count of columns. Libedit
             # loses a colour that nothing follows.
@@ -8427,7 +8424,7 @@ def welcome(chat: Chat) -> None:
     if screen.interactive:
         # Files may stand before the prompt, which comes last.
         prompt, reply = (message["content"] for message in messages[-2:])
-        lines = prompt.splitlines()[-MAX_SHOWN_LINES:]
+        lines = [f"> {line}" for line in prompt.splitlines()[-MAX_SHOWN_LINES:]]
         screen.notice("\n".join([*lines, reply]))
 
 

@@ -4351,7 +4351,12 @@ def test_ctrl_c_drops_a_line_that_up_brings_back(reader, home) -> None:
     screen = reader()
     screen.send("abc", "abc")
     screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
+    # A line that comes back, and nothing typed behind it, is a line too.
+    screen.send(UP, "abc")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
     assert read(screen, UP, "d") == TYPED("abcd")
+    screen.send("abc\x1b\r", "abc")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
     screen.send('"""\r', "... ")
     screen.send("one\r", "... ")
     screen.send("two", "two")
