@@ -162,6 +162,11 @@ def stream_errors() -> Iterator[None]:
         raise StreamError from error
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words: "1 turn", "2 turns"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def shorten(text: str, limit: int = 300) -> str:
     """Return a text on one line, cut to so many characters."""
     line = " ".join(text.split())
@@ -5029,15 +5034,9 @@ class Conversation:
             statistics.finish_reason = statistics.finish_reason or "interrupted"
             raise
         finally:
-            if statistics.finish_reason and statistics.generation_tokens:
-                self._store_reply(generation, statistics.finish_reason)
-            elif statistics.finish_reason and generation.used_tokens > len(
-                generation.prompt.tokens
-            ):
-                # It was continued, and stopped before anything was added.
-                self._unfinished = generation
-            elif statistics.finish_reason:
-                generation.tokens.close()
+            # Without a reason the engine has failed.
+            if statistics.finish_reason:
+                self._end_reply(generation, statistics.finish_reason)
 
     def _generate(self, generation: Generation) -> Generator[Piece, None, None]:
         statistics = self.statistics
@@ -5068,8 +5067,8 @@ class Conversation:
                 statistics.finish_reason = "length"
                 return
             if thought_is_full:
-                tokens = statistics.thought_tokens
-                yield Piece("notice", f"Thought enough: {tokens} tokens; the answer begins.")
+                tokens = counted(statistics.thought_tokens, "token")
+                yield Piece("notice", f"Thought enough: {tokens}; the answer begins.")
                 self._end_thought(generation)
 
     def _next_token(self, generation: Generation) -> Generator[Piece, None, Token | None]:
@@ -5107,6 +5106,16 @@ class Conversation:
         generation.tokens = self._inference.each(
             lambda inference: inference.generate_answer(thought)
         )
+
+    def _end_reply(self, generation: Generation, finish_reason: str) -> None:
+        """Store a reply. If nothing was added to it, keep it if it was continued, or drop it."""
+        was_continued = generation.used_tokens > len(generation.prompt.tokens)
+        if self.statistics.generation_tokens:
+            self._store_reply(generation, finish_reason)
+        elif was_continued:
+            self._unfinished = generation
+        else:
+            generation.tokens.close()
 
     def _store_reply(self, generation: Generation, finish_reason: str) -> None:
         message = {"role": "assistant", **generation.splitter.message()}
@@ -5722,8 +5731,7 @@ class SavedChats:
         except (OSError, ValueError) as error:
             return "", f"can't be read: {error_text(error)}"
         prompts = [message["content"] for message in messages if message["role"] == "user"]
-        turns = "1 turn" if len(prompts) == 1 else f"{len(prompts)} turns"
-        return turns, shorten(" ".join(prompts[:1]), 50)
+        return counted(len(prompts), "turn"), shorten(" ".join(prompts[:1]), 50)
 
 
 class PromptHistory:
@@ -8385,8 +8393,8 @@ class Chat:
             else:
                 self.screen.notice("Stopped.")
         elif finish_reason == "length":
-            tokens = statistics.answer_tokens or statistics.generation_tokens
-            self.screen.notice(f"Cut at {tokens} tokens; {self._how_to_go_on(statistics)}.")
+            tokens = counted(statistics.answer_tokens or statistics.generation_tokens, "token")
+            self.screen.notice(f"Cut at {tokens}; {self._how_to_go_on(statistics)}.")
         elif finish_reason == "stop" and not self.conversation.messages[-1]["content"].strip():
             self.screen.notice("(an empty reply)")
         if finish_reason and self.settings.stats:
@@ -8417,10 +8425,9 @@ def welcome(chat: Chat) -> None:
     messages = chat.conversation.messages
     if not (session and messages):
         return
-    turns = len(messages) // 2
-    count = "1 turn" if turns == 1 else f"{turns} turns"
+    turns = counted(len(messages) // 2, "turn")
     name = chat.settings.session or describe_moment(session.modified)
-    screen.notice(f"Going on with {count} of {name}.")
+    screen.notice(f"Going on with {turns} of {name}.")
     if screen.interactive:
         # Files may stand before the prompt, which comes last.
         prompt, reply = (message["content"] for message in messages[-2:])

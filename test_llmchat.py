@@ -3142,7 +3142,7 @@ def test_odd_names_and_odd_text_never_end_a_chat(demo, chat, home) -> None:
         Like("/clear takes no text*"),
         "The system prompt: Be brief.",
         Like("There is no command /quiet*"),
-        *["Cut at 1 tokens; /continue goes on."] * 2,
+        *["Cut at 1 token; /continue goes on."] * 2,
     ]
     assert done.out.endswith("\nprompt -> /exit\nGoodbye!\n")
     # A script learns that not all of it was done.
@@ -3839,7 +3839,7 @@ def test_a_thought_has_room_of_its_own_and_max_tokens_counts_the_answer(hurried)
 
 def test_one_shot_that_ends_in_its_thought_says_so(thinker, chat, tmp_path) -> None:
     done = chat(thinker("channels"), "-p", ASKED[0].prompt, "--max-tokens", "1")
-    assert (done.code, done.err) == (0, "Cut at 1 tokens; --max-tokens allows more.\n")
+    assert (done.code, done.err) == (0, "Cut at 1 token; --max-tokens allows more.\n")
     # No room is left for the answer.
     small = changed(tmp_path / "small", thinker("channels"), configured(max_position_embeddings=45))
     done = chat(small, "-p", ASKED[0].prompt, "--max-tokens", "1")
@@ -4715,7 +4715,7 @@ def test_files_go_before_the_next_prompt(demo, chat, home) -> None:
         *(
             "No files wait for the next prompt.",
             Like("a b.txt: * tokens"),
-            Like("Cut at 1 tokens*"),
+            Like("Cut at 1 token*"),
         ),
         "No files wait for the next prompt.",
     ]
