@@ -803,7 +803,7 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
     home_file = Path(os.path.expanduser("~")) / CONFIG_FILE
     folder_file = Path(CONFIG_FILE)
     settings.load_file(home_file, HOME_CONFIG_SCOPES)
-    both_exist = home_file.exists() and folder_file.exists()
+    both_exist = os.path.exists(home_file) and os.path.exists(folder_file)
     if not (both_exist and home_file.samefile(folder_file)):
         trusts_code = flags.get("trust_remote_code", False)
         settings.load_file(folder_file, FOLDER_CONFIG_SCOPES, trusts_code)
@@ -843,6 +843,7 @@ TELLING_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    "processor_config.json",
 )
 
 # A rough check of a repository's name; the hub's own check follows.
@@ -1010,10 +1011,14 @@ def cached_models() -> list[str]:
     return [name for name in names if REPOSITORY.fullmatch(name) and is_cached(name)]
 
 
-def size_on_disk(name: str) -> int:
-    """Return the bytes that a repository in the hub cache takes."""
-    folder = locate(name, None)
-    return sum((folder / file).stat().st_size for file in file_names(folder))
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder, also of those that are still coming."""
+    size = 0
+    for file in file_names(folder):
+        # A link may lead nowhere, and a file that was coming may have its name by now.
+        with contextlib.suppress(OSError):
+            size += (folder / file).stat().st_size
+    return size
 
 
 def describe_bytes(size: int) -> str:
@@ -1358,13 +1363,6 @@ def download_interruptible(name: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise ChatError(f"The download of {name} was stopped. {RETRY_HINT}", 130) from error
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files in a folder, also of those that are still coming."""
-    with contextlib.suppress(OSError):
-        return sum(entry.stat().st_size for entry in os.scandir(folder))
-    return 0
 
 
 def download_files(
@@ -4643,6 +4641,8 @@ class Inference:
         prompt = self._fit(messages, first_sent)
         if prompt.first_sent > first_sent:
             yield self._left_out_notice(prompt.first_sent // 2)
+        # Whoever gets this knows that the prompt fits, and that the state changes from here on.
+        yield Piece("prefill", "")
         sent = messages[prompt.first_sent :]
         # The hosts' clocks differ, and a template may read the clock: rank 0's tokens count.
         tokens = self._hosts.broadcast(prompt.tokens)
@@ -4782,7 +4782,8 @@ class Generation:
     used_tokens: int
 
 
-# A piece without text, for each moment in which the engine is still at work.
+# A piece without text, for each moment in which a reply may be stopped: while the engine works, and
+# after all that came of one token.
 WAITING_PIECE = Piece("waiting", "")
 
 
@@ -5004,7 +5005,6 @@ class Conversation:
     def _start_reply(self, messages: list[Message]) -> Generator[Piece, None, Generation]:
         """Have the engine compute the state up to where the reply to these messages begins."""
         prompt = yield from self._prepare(messages)
-        self._drop_unfinished()
         self.statistics.limit_tokens = prompt.limit.tokens
         self.statistics.prompt_tokens = len(prompt.tokens)
         self.statistics.cached_tokens = prompt.cached_tokens
@@ -5019,7 +5019,11 @@ class Conversation:
             for step in steps:
                 if isinstance(step, PreparedPrompt):
                     return step
-                yield WAITING_PIECE if step is WAITING else step
+                if step is not WAITING:
+                    # The engine gives up the state that an earlier reply would go on from.
+                    self._drop_unfinished()
+                    yield step
+                yield WAITING_PIECE
         raise AssertionError("the last step is a PreparedPrompt")
 
     def _finish_reply(self, generation: Generation) -> Generator[Piece, None, None]:
@@ -5054,9 +5058,10 @@ class Conversation:
                 if splitter.is_unclosed:
                     yield Piece("unclosed", splitter.message()["content"])
                 continue
+            # 0 is no limit.
             thought_is_full = (
                 splitter.state == THOUGHT
-                and statistics.thought_tokens == settings.max_thought_tokens
+                and 0 < settings.max_thought_tokens <= statistics.thought_tokens
             )
             needed_tokens = end_of_thought_tokens if thought_is_full else 0
             if (
@@ -5070,6 +5075,7 @@ class Conversation:
                 tokens = counted(statistics.thought_tokens, "token")
                 yield Piece("notice", f"Thought enough: {tokens}; the answer begins.")
                 self._end_thought(generation)
+            yield WAITING_PIECE
 
     def _next_token(self, generation: Generation) -> Generator[Piece, None, Token | None]:
         """Wait for the next token, and return it; None at the end of the reply."""
@@ -5092,6 +5098,7 @@ class Conversation:
         if generation.tokens.is_computing:
             token = yield from self._next_token(generation)
             if token is None or token.finish_reason:
+                self._drop_unfinished()
                 raise ChatError("The reply has just ended by itself: /retry generates another one.")
             yield from self._split(generation, token)
 
@@ -7901,7 +7908,7 @@ def save(chat: Chat, text: str) -> None:
     if chat.hosts.rank:
         return
     path = Path(os.path.expanduser(strip_quotes(text)))
-    if path.exists():
+    if os.path.exists(path):
         raise ChatError(f"{path} is there already, and was not replaced: name another file.")
     messages = with_system_prompt(chat.settings.system, chat.conversation.messages)
     data = as_markdown(messages) if path.suffix == ".md" else as_lines(messages)
@@ -7921,7 +7928,7 @@ def show_or_change_model(chat: Chat, text: str) -> None:
     rows = [(f"{chat.settings.model}", "in use", "")]
     for name in cached_models():
         if name != chat.settings.model:
-            rows.append((name, "in the cache", describe_bytes(size_on_disk(name))))
+            rows.append((name, "in the cache", describe_bytes(folder_bytes(locate(name, None)))))
     chat.screen.write(format_table(rows))
 
 
@@ -8170,13 +8177,27 @@ class Chat:
             self.screen.notice("llmchat -c continues this chat.")
         self.screen.write("Goodbye!\n")
 
+    @property
+    def _is_on_terminal(self) -> bool:
+        return self.editor.interactive and self.settings.prompt is None
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the engine works while a prompt is typed."""
+        # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
+        return self._is_on_terminal and self.hosts.size == 1 and self.settings.read_ahead
+
+    def warm_up(self) -> None:
+        """Do now what reading ahead would begin with. Raises `ChatError` if the template fails."""
+        self.conversation.warm_up(notes_memory=self._is_on_terminal)
+        self.show_notes()
+
     def _read_prompt(self) -> Prompt:
         draft = self.draft
         self.draft = ""
         self._show_waiting_files()
         self.signals.exit_if_signalled()
-        # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
-        if not self.editor.interactive or self.hosts.size > 1 or not self.settings.read_ahead:
+        if not self.reads_ahead:
             with self.signals.cancellable():
                 return self.editor.read_prompt(draft)
         with self.conversation.read_ahead(list(self.files.values())) as read_beginning:
@@ -8246,6 +8267,8 @@ class Chat:
         ):
             self.screen.notice(f"--adapter and --revision are those of {old.model} alone.")
         self._adopt(wanted, found.folder)
+        if not self.reads_ahead:
+            self.warm_up()
 
     def _choice(self, name: str) -> ModelChoice:
         resolved = resolve_model_name(name)
@@ -8375,9 +8398,9 @@ class Chat:
         # To close the generator is to stop the reply. It yields often, also while the engine works.
         with self.screen.status(lambda: activity), view, contextlib.closing(pieces):
             for piece in pieces:
-                if self.signals.stop_requested:
-                    break
                 if piece is WAITING_PIECE:
+                    if self.signals.stop_requested:
+                        break
                     continue
                 if piece.kind == "prefill" and piece.text:
                     activity = f"reading the prompt: {piece.text}"
@@ -8444,6 +8467,8 @@ def open_session(
     `ChatError`.
     """
     session = None
+    if settings.session is not None and settings.resume:
+        raise ChatError("-c goes on with a saved chat, --session with a file: leave out one.", 2)
     if settings.session is not None:
         session = SessionFile(Path(os.path.expanduser(settings.session)))
     elif settings.resume:
@@ -8581,9 +8606,8 @@ def run(
         editor.open(completions, signals.request_stop)
     chat = open_chat(settings, screen, editor, hosts, signals, engine, saved_chats)
     with contextlib.closing(chat):
-        if not (is_chat_on_terminal and settings.read_ahead):
-            chat.conversation.warm_up(notes_memory=is_chat_on_terminal)
-            chat.show_notes()
+        if not chat.reads_ahead:
+            chat.warm_up()
         if prompt is not None:
             return chat.answer_once(prompt)
         welcome(chat)

@@ -188,8 +188,9 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure llmchat beside mlx-lm's own chat; the 600 MB model for it is built once."""
     session.install(".", "pytest>=8")
+    environment = use_openblas(session)
     code = "import sys, test_llmchat; test_llmchat.bench(sys.argv[1])"
-    session.run("python", "-c", code, str(CACHE / "bench"))
+    session.run("python", "-c", code, str(CACHE / "bench"), env=environment)
 
 
 @nox.session

@@ -67,6 +67,8 @@ from llmchat import (
     as_lines,
 )
 
+ENGINE_VERSION = tuple(map(int, version("mlx-lm").split(".")[:2]))
+
 # A test run that was started in the background ignores these two, and so would every program it
 # starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -678,7 +680,8 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(environment["HOME"])
-            os.execve(command[0], command, environment)
+            # What each thread is doing is told at SIGABRT.
+            os.execve(command[0], command, {**environment, "PYTHONFAULTHANDLER": "1"})
         self.modes = termios.tcgetattr(self.fd)
 
     def close(self) -> None:
@@ -696,15 +699,26 @@ class Terminal:
                 return True
         return False
 
-    def expect(self, pattern: str, timeout_s: float = 60) -> str:
+    def find(self, pattern: str, timeout_s: float) -> str | None:
         """Wait for text that fits in what came since the last time, without colour; return what
         ends with it."""
         deadline = time.monotonic() + timeout_s
         while not (match := fits(pattern).search(plain(self.output)[self._seen :])):
             if not self._read(max(0, deadline - time.monotonic())):
-                raise AssertionError(f"no {pattern!r} within {timeout_s} s in:\n{self.output}")
+                return None
         self._seen += match.end()
         return match.string[: match.end()]
+
+    def expect(self, pattern: str, timeout_s: float = 60) -> str:
+        """`find` what must come. If it does not, the error tells what each thread is doing."""
+        found = self.find(pattern, timeout_s)
+        if found is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGABRT)
+            while self._read(5):
+                pass
+            raise AssertionError(f"no {pattern!r} within {timeout_s} s in:\n{self.output}")
+        return found
 
     def send(self, text: str, pattern: str = "") -> str:
         """Type, once the line editor is listening, and wait for text that fits."""
@@ -2227,6 +2241,25 @@ def test_a_reply_that_was_cut_or_stopped_is_kept_and_goes_on_from_the_live_state
     talk.expect(WHY)
 
 
+def test_a_reply_goes_on_until_the_state_is_another_prompts(talk) -> None:
+    hear(talk.reply("Count."), until="4,")
+    # What is refused leaves the state as it is.
+    talk.limit_context(600)
+    with pytest.raises(ChatError, match="too long"):
+        list(talk.reply("word " * 2000))
+    talk.limit_context(4096)
+    assert hear(talk.continue_reply(), until="9,")[1].endswith("9,")
+    # Of what is stopped while it is read nothing is left but its state.
+    pieces = talk.reply("word " * 300)
+    while next(pieces).kind != "prefill":
+        pass
+    pieces.close()
+    with pytest.raises(ChatError, match="can't be continued any more"):
+        list(talk.continue_reply())
+    talk.undo()
+    talk.expect(*SAMPLE[:2])
+
+
 def test_retry_says_the_last_reply_again_and_undo_takes_it_back(talk) -> None:
     for nothing_yet in (lambda: list(talk.retry()), talk.undo):
         with pytest.raises(ChatError):
@@ -2401,7 +2434,7 @@ def costing(family: Family):
 
 
 @pytest.mark.skipif(
-    sys.version_info < (3, 10), reason="the oldest mlx-lm fails on chunked attention by itself"
+    ENGINE_VERSION < (0, 32), reason="an mlx-lm before 0.32 fails on chunked attention by itself"
 )
 def test_a_turn_costs_its_new_tokens_where_attention_is_chunked() -> None:
     cost = costing(Family(CHATML, model_type="llama4", config={"text_config": CHUNKED}))
@@ -3120,11 +3153,14 @@ def test_a_chat_goes_on_where_it_was_left(demo, chat, home) -> None:
     session, copy = home / "chat.jsonl", home / "copy.jsonl"
     arguments = [demo, "--session", str(session)]
     assert chat(*arguments, stdin="My name is Ada.\n").code == 0
-    done = chat(*arguments, stdin="What is my name?\n/save copy.jsonl\n/save copy.jsonl\n/undo\n")
+    too_long = "x" * 300
+    prompts = ("What is my name?", *["/save copy.jsonl"] * 2, f"/save {too_long}", "/undo")
+    done = chat(*arguments, stdin="\n".join(prompts))
     assert "prompt -> What is my name?\nYour name is Ada.\n" in done.out
     assert done.err == Like(
         f"Going on with 1 turn of {session}.\n4 messages are in copy.jsonl.\n"
-        "copy.jsonl is there already, and was not replaced*.\nThe last turn is taken back.\n"
+        "copy.jsonl is there already, and was not replaced*.\n"
+        "xxx* could not be written: File name too long. *\nThe last turn is taken back.\n"
     )
     assert copy.stat().st_mode & 0o777 == 0o600
     assert contents(copy)[2:] == ["What is my name?", "Your name is Ada."]
@@ -3236,7 +3272,7 @@ def test_a_prompt_whose_reply_was_lost_waits_in_the_line(flags, demo, terminal, 
     )
     screen = terminal(demo, *flags)
     assert (
-        fits(".\nLine 90.\n*Line 99.\nYes.").search(plain(screen.output))
+        fits(".\n> Line 90.\n*> Line 99.\nYes.").search(plain(screen.output))
         and "Line 89" not in screen.output
     )
     assert screen.leave(CTRL_D) == 0
@@ -4076,6 +4112,20 @@ def test_a_reply_is_seen_while_it_comes_and_ctrl_c_stops_it(demo, terminal) -> N
     assert plain(screen.output).endswith("\nGoodbye!\n")
 
 
+def test_what_is_stopped_and_continued_is_shown_whole(demo, terminal) -> None:
+    screen = terminal(demo)
+    screen.send("Count.\r", "Count.\n")
+    begins_at = len(plain(screen.output))
+    for _ in range(3):
+        screen.expect(", ")
+        screen.send(CTRL_C, "Stopped; /continue goes on.\n\nprompt -> ")
+        screen.send("/continue\r", "/continue\n")
+    screen.expect("100\n\nprompt -> ")
+    stop = "\nStopped; /continue goes on.\n\nprompt -> /continue\n"
+    shown = plain(screen.output)[begins_at:].replace(stop, "")
+    assert re.findall(r"\d+", shown) == NUMBERS.split(", ")
+
+
 def test_a_refused_stopped_or_taken_back_prompt_comes_back_and_leaves_no_trace(
     demo, terminal
 ) -> None:
@@ -4148,13 +4198,12 @@ def test_ctrl_c_at_any_moment_leaves_a_conversation_that_is_right(times, demo, t
         screen.send(prompt + "\r")
         time.sleep(chance.random() * 0.3)  # the random moment
         os.kill(screen.pid, signal.SIGINT)
-        # Until it is sure that the program reads: a late Ctrl+C at the prompt drops the line.
-        for patience_s in (5, 60):
-            with contextlib.suppress(AssertionError if patience_s == 5 else ()):
-                time.sleep(0.1)  # what is typed right behind Ctrl+C goes with the line
-                os.write(screen.fd, f"{CTRL_U}/{name}\r".encode())
-                screen.expect(f"There is no command /{name}*\nprompt -> ", patience_s)
-                break
+        time.sleep(0.1)  # what is typed right behind Ctrl+C goes with the line
+        said = f"There is no command /{name}*\nprompt -> "
+        os.write(screen.fd, f"{CTRL_U}/{name}\r".encode())
+        if not screen.find(said, 5):
+            # A late Ctrl+C at the prompt has dropped the line.
+            screen.send(f"{CTRL_U}/{name}\r", said)
         screen.send("/clear\r", "A new conversation*\nprompt -> ")
     for turn in SAMPLE:
         assert screen.ask(turn.prompt) == turn.answer
@@ -5129,6 +5178,8 @@ def test_what_can_be_known_is_said_before_the_weights_come(demo, hub, chat) -> N
     hub.put("own/unknown", demo, {"model_type": "brandnew"})
     hub.put("own/embedding", demo, {"architectures": ["LlamaForCausalLM"]}, modules__json=b"[]")
     hub.put("own/large", demo, model__safetensors=1 << 50)
+    outside = json.dumps({"auto_map": {"AutoProcessor": "../evil.Own"}}).encode()
+    hub.put("own/outside", demo, processor_config__json=outside)
     sentences = {
         "own/Model-GGUF": "holds its weights as GGUF files, where MLX needs model*.safetensors: *mlx-community*",
         "own/unknown": "is of type brandnew, which mlx-lm * doesn't know*: update mlx-lm*, or name another model.",
@@ -5141,6 +5192,8 @@ def test_what_can_be_known_is_said_before_the_weights_come(demo, hub, chat) -> N
     assert chat("own/large", "--force").complaint == Like(
         f"own/large does not fit on the disk: {disk}"
     )
+    outside = chat("own/outside", "--trust-remote-code").complaint
+    assert outside.startswith("own/outside names code outside of its folder, '../evil.Own'")
     assert hub.fetched() == []
 
 
@@ -5670,7 +5723,7 @@ def test_a_spoilt_model_loads_or_is_one_sentence(cases, sharded, chat, tmp_path)
 
 # ------------------------------------------------------------------------------------------ Hosts
 
-CAN_SHARE = tuple(map(int, version("mlx-lm").split(".")[:2])) >= (0, 31)
+CAN_SHARE = ENGINE_VERSION >= (0, 31)
 needs_sharding = pytest.mark.skipif(
     not CAN_SHARE, reason="this mlx-lm can't share a model among hosts"
 )
@@ -6222,9 +6275,21 @@ def test_adapter_and_revision_belong_to_their_model(demo, chat, home) -> None:
 
 def test_the_models_that_are_here_are_listed_and_completed(demo, chat, home, monkeypatch) -> None:
     put_in_hub_cache(home, "own/model", demo)
+    # A link of the cache may lead nowhere.
+    for snapshot in (home / HUB_CACHE).glob("*/snapshots/*"):
+        (snapshot / "README.md").symlink_to("nowhere")
     done = chat(demo, stdin="/model\n/model model\nSay hello.\n")
     assert re.search(rf"{re.escape(demo)} +in use\nown/model +in the cache +\d+ MB\n", done.out)
     assert "The model is own/model now." in done.err and SAID_HELLO in done.out
+
+
+def test_what_can_not_be_said_with_another_model_is_said_when_it_comes(
+    demo, chat, tmp_path
+) -> None:
+    fails = put("chat_template.jinja", "{{ raise_exception(1) }}")
+    other = changed(tmp_path / "other", demo, fails)
+    done = chat(demo, stdin=f"/model {other}\nquit\n")
+    assert f"The chat template of {other} can't render this" in done.err
 
 
 def test_a_saved_chat_belongs_to_its_last_model(demo, thinker, chat, home) -> None:
@@ -6234,6 +6299,7 @@ def test_a_saved_chat_belongs_to_its_last_model(demo, thinker, chat, home) -> No
     assert other in row and "2 turns" in row
     assert transcript(SAMPLE[2]) in chat("-c", other, stdin=f"{SAMPLE[2].prompt}\n").out
     assert chat("-c", demo).complaint.startswith(f"There is no conversation with {demo}")
+    assert chat("-c", "--session", "talk").complaint.endswith("leave out one.")
 
 
 MODEL_MEMORY = """
@@ -6421,7 +6487,9 @@ def bench_decode(model: llmchat.Model) -> None:
     }
 
     def tps(pieces) -> float:
-        said = [next(piece.text for piece in pieces if getattr(piece, "kind", "") != "prefill")]
+        said = [
+            next(piece.text for piece in pieces if getattr(piece, "kind", "answer") == "answer")
+        ]
         took_s = timed(said.extend, (piece.text for piece in pieces))()
         assert "12, 13, 14" in "".join(said)
         return (DECODE_TOKENS - 1) / took_s
@@ -6532,15 +6600,17 @@ def bench_read_ahead(dense: str, thinker: str, environment: dict[str, str]) -> N
     """Enter to the first word for somebody who pauses for five seconds, beside somebody who
     doesn't."""
     home = Path(environment["HOME"])
-    words = "word " * 700
+    tokens_per_word = len(loaded(dense).template.encode("word "))
+    words = "word " * (3000 // tokens_per_word)
+    few_words = "word " * (1000 // tokens_per_word)
     (home / "long.txt").write_text(words)
     long_chat = home / "long.jsonl"
     long_chat.write_bytes(as_lines(Turn(words, "Good.").messages()))
     cases = {
         "second turn of a model that thinks": (["Count.", "Thanks!"], thinker),
-        "a file of 700 words": (["Count."], dense, "--file", "long.txt"),
-        "a resumed chat of 700 words": (["Count."], dense, "--session", "long.jsonl"),
-        "a system prompt of 250 words": (["Count."], dense, "--system", "word " * 250),
+        "a file of 3,000 tokens": (["Count."], dense, "--file", "long.txt"),
+        "a resumed chat of 3,000 tokens": (["Count."], dense, "--session", "long.jsonl"),
+        "a system prompt of 1,000 tokens": (["Count."], dense, "--system", few_words),
     }
     for name, (prompts, *arguments) in cases.items():
         ours, peer = (
@@ -6578,8 +6648,12 @@ def bench(cache: str) -> None:
     bench_decode(model)
     bench_state(model, folder / "state.safetensors")
     bench_memory(dense, {**environment, "PYTHONPATH": str(HERE)})
+    # Large enough that reading the first answer again, without its thought, takes its time.
     thinker = build_model(
-        folder / "thinking", FAMILIES["thinking"], [turns(("Count.", NUMBERS), ("Thanks!", "Yes."))]
+        folder / "thinker",
+        FAMILIES["thinking"],
+        [turns(("Count.", NUMBERS), ("Thanks!", "Yes."))],
+        hidden=1024,
     )
     bench_read_ahead(dense, thinker, environment)
     if CAN_SHARE:
