@@ -35,7 +35,7 @@ or `exit`. How one turn goes, from key to screen:
 The sections, in reading order; each builds on those before it:
 
     Errors         one exception, a finished sentence for the user
-    Texts          cleaning what leaves for a person; reading plain files whole, with a bound
+    Texts          removing control characters from what is shown; reading plain files whole
     Settings       all parameters, each declared once: flag, config key, `/set` key, range, help
     Hub            from a name to a folder: cache, download, progress, what the hub's errors mean
     Engine         the one thread that works with MLX
@@ -55,8 +55,9 @@ The sections, in reading order; each builds on those before it:
 Exit statuses: 0 done, 1 an error said in one sentence, 2 wrong usage or configuration; 130, 131,
 143 and 129 ended by SIGINT, SIGQUIT, SIGTERM or SIGHUP; 141 standard output closed.
 
-What it refuses to be: a server, a downloader, a converter, an agent. It has no plug-ins, runs no
-code from a model repository unless told to, and asks the network for nothing that is on the disk.
+What it refuses to be: a server, a manager of models, a converter, an agent. It has no plug-ins,
+runs no code from a model repository unless told to, and asks the network for nothing that is on the
+disk.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ __version__ = "0.1.0"
 
 EXAMPLE_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 
-# A message of a conversation: its role, its content, and whatever else a session file says of it.
+# A message of a conversation: its role, its content, its thought as `reasoning_content`, and as
+# `finish_reason` how a reply ended, if that was not by itself.
 Message = Dict[str, str]
 
 
@@ -237,7 +239,7 @@ def strip_control_characters(text: str) -> str:
     return text.translate(CONTROL_CHARACTERS)
 
 
-# More than any file has that is read whole: an index of weights takes some megabytes.
+# More than any configuration file of a model has: an index of weights takes some megabytes.
 MAX_FILE_BYTES = 64 << 20
 
 # What `read_file` and `read_json` raise.
@@ -495,7 +497,9 @@ class Settings:
     recommended: bool = option(
         False, parse_bool, None, "sample as the model's author recommends", Scope.CONFIG
     )
-    plain: bool = option(False, parse_bool, None, "no colours, and no line that is redrawn")
+    plain: bool = option(
+        False, parse_bool, None, "show Markdown as it is written, and redraw no line"
+    )
     stats: bool = option(
         False, parse_bool, None, "show time, tokens and cache use after each reply"
     )
@@ -2618,8 +2622,8 @@ def check_adapter(adapter: str | None, host_count: int = 1) -> None:
         read_json(folder / "adapter_config.json")
 
 
-# Loading a model. This may run on another thread than the main one: it waits for no key and for
-# no network, and needs no `KeyboardInterrupt`.
+# Finding a model, and loading it. It is found on the main thread, which may wait for the network
+# and be stopped by Ctrl+C, and loaded on the engine's.
 
 
 @silence_libraries()
@@ -2865,7 +2869,7 @@ def load_model(found: ModelFiles, settings: Settings, hosts: Hosts) -> Model:
 # is 2048, for which a small model on a slow machine takes a second.
 PREFILL_STEP_TOKENS = 512
 
-# The same while the user types: Enter waits for one step at most.
+# The same while the user types: Enter waits for one step at most, or for a rendering before them.
 READ_AHEAD_STEP_TOKENS = 128
 
 ENGINE_FAILED_WHAT = "The engine failed, so what it was generating is not kept"
@@ -2973,7 +2977,8 @@ class PromptCache:
         self._network = network
         self._distributed = distributed
         self.clear()
-        # Every layer can go back any number of tokens, now and later, here and on other hosts.
+        # No snapshot is ever needed: every layer can go back any number of tokens, now and later,
+        # here and on other hosts. Where this is false a layer may still be able to go back today.
         self.can_trim = not distributed and not any(map(needs_copy, cache_leaves(self.layers)))
 
     def clear(self) -> None:
@@ -3038,7 +3043,7 @@ class PromptCache:
                     return
 
     def has_computed(self, prompt: Sequence[int]) -> bool:
-        """Tell whether all of a prompt but its last token is there, or can be gone back to."""
+        """Tell whether all of a prompt but its last token is there, or can be trimmed to."""
         prefix_length = common_prefix(self.tokens, prompt[:-1])
         if prefix_length < len(prompt) - 1:
             return False
@@ -4532,14 +4537,13 @@ class Inference:
         """Return the size of a text. Raises `ChatError`."""
         return len(self._model.template.encode(text))
 
-    def check_size(self, text: str) -> None:
-        """Raise `ChatError` if a file, which begins with its name, can't fit alone."""
-        size = self.count_tokens(text)
+    def check_size(self, file: TextFile) -> None:
+        """Raise `ChatError` if a file can't fit alone."""
+        size = self.count_tokens(file.content)
         if self.limit.tokens and size > self.limit.tokens:
-            name = text.partition(":\n")[0]
             raise ChatError(
-                f"{name} has {size:,} tokens, and doesn't fit {self.limit.description}: nothing is"
-                " added."
+                f"{file.name} has {size:,} tokens, and doesn't fit {self.limit.description}:"
+                " nothing is added."
             )
 
     def seed(self, seed: int | None) -> None:
@@ -4731,7 +4735,8 @@ class Inference:
         tokenizer = self._model.template.tokenizer
 
         def sampler(logprobs: Any) -> Any:
-            # It is made for each token, so that a changed setting reaches a continued reply.
+            # It is made for each token, so that a changed setting reaches a continued reply. Only
+            # the repetition penalty is that of the reply's beginning.
             temperature = settings.temperature
             if temperature < MIN_TEMPERATURE:
                 temperature = 0.0
@@ -4852,8 +4857,8 @@ class Conversation:
         """Return the size of a text. Raises `ChatError`."""
         return self._inference.call(lambda inference: inference.count_tokens(text))
 
-    def check_size(self, file: str) -> None:
-        """Raise `ChatError` if a file, which begins with its name, can't fit alone."""
+    def check_size(self, file: TextFile) -> None:
+        """Raise `ChatError` if a file can't fit alone."""
         self._inference.call(lambda inference: inference.check_size(file))
 
     def thinking_note(self) -> str:
@@ -5129,7 +5134,7 @@ class Conversation:
         if finish_reason != "stop":
             message["finish_reason"] = finish_reason
             self._unfinished = generation
-        # --no-history leaves turns out of one prompt only.
+        # Without history nothing was left out for lack of room: the next prompt starts over.
         if self._settings.history:
             self._first_sent = generation.prompt.first_sent
         self.messages = [*generation.messages, message]
@@ -5191,13 +5196,25 @@ def matching_files(pattern: str) -> list[str]:
     return names
 
 
-def read_texts(patterns: Iterable[str]) -> dict[str, str]:
-    """Return the texts of the files that paths and patterns name, each after its name.
+class TextFile(NamedTuple):
+    """A file that stands before a prompt, by the name that the user gave it."""
+
+    name: str
+    text: str
+
+    @property
+    def content(self) -> str:
+        """What the model is sent of it."""
+        return f"{self.name}:\n\n{self.text}"
+
+
+def read_texts(patterns: Iterable[str]) -> dict[str, TextFile]:
+    """Return the files that paths and patterns name.
 
     A file's real path is the key, so that the same file comes once. Raises `ChatError` if a file
     can't be read, or if all of them are too long together.
     """
-    texts: dict[str, str] = {}
+    files: dict[str, TextFile] = {}
     total_bytes = 0
     for pattern in patterns:
         for name in matching_files(pattern):
@@ -5210,8 +5227,8 @@ def read_texts(patterns: Iterable[str]) -> dict[str, str]:
             if total_bytes > MAX_TEXT_BYTES:
                 size = f"{MAX_TEXT_BYTES >> 20} MB"
                 raise ChatError(f"The files are larger than {size} together: nothing is added.")
-            texts[os.path.realpath(name)] = f"{name}:\n\n{text}"
-    return texts
+            files[os.path.realpath(name)] = TextFile(name, text)
+    return files
 
 
 def read_standard_input(stdin: TextIO, notice: Callable[[str], None]) -> str:
@@ -5532,7 +5549,10 @@ class SessionFile:
         self._file.close()
 
     def save(self, messages: Sequence[Message]) -> None:
-        """Make the file hold these messages, on disk when this returns. Raises `ChatError`."""
+        """Make the file hold these messages; a crash leaves the old ones or these.
+
+        Raises `ChatError`.
+        """
         if messages == self.messages:
             return
         what = f"{self.path} could not be written"
@@ -6110,17 +6130,21 @@ class Screen:
     def __init__(
         self, stdout: TextIO, stderr: TextIO, interactive: bool, plain: bool = False
     ) -> None:
-        """Make a screen; a `plain` one redraws no line, for screen readers."""
+        """Make a screen; see `set_plain`."""
         self._stdout = stdout
         self._stderr = stderr
         # Somebody watches, and is to see thoughts too.
         self.interactive = interactive
         self.dumb = os.environ.get("TERM", "dumb") == "dumb"
         self.styled = not (self.dumb or os.environ.get("NO_COLOR"))
-        self._steady = self.dumb or plain
+        self.set_plain(plain)
         self._status: StatusLine | None = None
         # When the last reply ended, by `time.monotonic`.
         self.reply_ended_s = float("-inf")
+
+    def set_plain(self, plain: bool) -> None:
+        """Redraw no line from here on, for screen readers, or redraw them."""
+        self._steady = self.dumb or plain
 
     def write(self, text: str) -> None:
         """Write text of the session; it takes the place of a status line."""
@@ -6969,8 +6993,6 @@ def enlarge_libedit_buffers(readline: Any) -> None:
 # What stands for a newline in a line of libedit, which can't hold one.
 NEWLINE_SIGN = "␤"
 
-# Words that leave the chat, if they are a typed line.
-
 
 class Prompt(NamedTuple):
     """What the user gave to be sent."""
@@ -7593,8 +7615,9 @@ def command(
 def find_command(line: str) -> tuple[Command, str]:
     """Return the command that a line names, and its text. Raises `ChatError`."""
     match = COMMAND_LINE.fullmatch(line.strip())
-    name = match[1].lower() if match else shorten(line, 40)
-    text = (match[2] or "").strip() if match else ""
+    assert match, "only such a line is a command"
+    name = match[1].lower()
+    text = (match[2] or "").strip()
     if name == "/?":
         name = "/help"
     if name.removeprefix("/") in LEAVE_WORDS:
@@ -7831,6 +7854,8 @@ def change_setting(chat: Chat, text: str) -> None:
     chat.screen.notice(f"{key_of(name)} = {shown}")
     # The engine may still be at work.
     with chat.signals.cancellable():
+        if name == "plain":
+            chat.screen.set_plain(settings.plain)
         if name == "seed":
             chat.conversation.seed(settings.seed)
         if name == "think" and (note := chat.conversation.thinking_note()):
@@ -8020,7 +8045,7 @@ class ModelChoice(NamedTuple):
 
 
 class Autosave:
-    """Writes the conversation to its session file after every turn.
+    """Writes the conversation to its session file before a reply, after it, and after a command.
 
     That it can't be written is said once, and the chat goes on.
     """
@@ -8033,7 +8058,7 @@ class Autosave:
         show_error: Callable[[ChatError], None],
         notice: Callable[[str], None],
     ) -> None:
-        """Without `saved_chats` no files are begun; without `session` either nothing is written."""
+        """Without a `session` the first turn begins a file in `saved_chats`, if that is given."""
         self._notice = notice
         self._settings = settings
         self._saved_chats = saved_chats
@@ -8122,7 +8147,7 @@ class Chat:
         loader: ModelLoader | None = None,
         session: SessionFile | None = None,
         saved_chats: SavedChats | None = None,
-        files: dict[str, str] | None = None,
+        files: dict[str, TextFile] | None = None,
         draft: str = "",
     ) -> None:
         self.conversation = conversation
@@ -8135,7 +8160,7 @@ class Chat:
         # What the command line chose: adapter, revision and trust belong to its model alone.
         self._first_choice = ModelChoice.of(settings)
         self.autosave = Autosave(settings, session, saved_chats, self._show_error, screen.notice)
-        # The texts of files that go before the next prompt, by the files' real paths.
+        # The files that go before the next prompt, by their real paths.
         self.files = files or {}
         # The text that stands in the next line for editing.
         self.draft = draft
@@ -8200,7 +8225,7 @@ class Chat:
         if not self.reads_ahead:
             with self.signals.cancellable():
                 return self.editor.read_prompt(draft)
-        with self.conversation.read_ahead(list(self.files.values())) as read_beginning:
+        with self.conversation.read_ahead(self._file_contents()) as read_beginning:
             self.editor.on_first_paste = read_beginning
             with self.signals.cancellable():
                 self.conversation.wait_until_warm(MAX_NOTE_WAIT_S)
@@ -8213,7 +8238,10 @@ class Chat:
             self.screen.notice(note)
 
     def _handle(self, prompt: Prompt) -> None:
-        """Run a command, or send a prompt, and save the conversation. Never ends the chat."""
+        """Run a command, or send a prompt, and save the conversation.
+
+        A `ChatError` or Ctrl+C does not end the chat, unless several hosts are out of step.
+        """
         is_command = prompt.is_typed_line and COMMAND_LINE.fullmatch(prompt.text) is not None
         # What a command says, such as a system prompt, is on no disk.
         self.editor.add_to_history(prompt, on_disk=not is_command)
@@ -8321,27 +8349,32 @@ class Chat:
             one_name = os.path.exists(os.path.expanduser(text))
             names = [text] if one_name else shlex.split(text)
         with self.screen.status(lambda: "reading files"):
-            texts = read_texts(names)
-            for file in texts.values():
+            files = read_texts(names)
+            for file in files.values():
                 self.conversation.check_size(file)
-        self.files.update(texts)
+        self.files.update(files)
+
+    def _file_contents(self) -> list[str]:
+        return [file.content for file in self.files.values()]
+
+    def _file_names(self) -> str:
+        return ", ".join(file.name for file in self.files.values())
 
     def file_sizes(self) -> dict[str, int]:
         """Return the files that wait for the next prompt by name, with their sizes in tokens."""
         return {
-            file.partition(":\n")[0]: self.conversation.count_tokens(file)
-            for file in self.files.values()
+            file.name: self.conversation.count_tokens(file.content) for file in self.files.values()
         }
 
     def _show_waiting_files(self) -> None:
         if self.files and self.screen.interactive:
-            names = ", ".join(file.partition(":\n")[0] for file in self.files.values())
+            names = self._file_names()
             self.screen.notice(f"Before the next prompt: {names}; /file - drops that.")
 
     def send(self, prompt: str) -> None:
         """Show the reply to a prompt. Raises `ChatError`."""
         before = self.conversation.messages
-        content = "\n\n".join([*self.files.values(), prompt])
+        content = "\n\n".join([*self._file_contents(), prompt])
         # The prompt is saved before its reply comes, so that a crash loses only the reply.
         if self.settings.prompt is None:
             self.autosave.save([*before, {"role": "user", "content": content}])
@@ -8350,7 +8383,7 @@ class Chat:
         except PromptTooLongError as error:
             if not self.files:
                 raise
-            names = ", ".join(file.partition(":\n")[0] for file in self.files.values())
+            names = self._file_names()
             raise ChatError(f"{error} {names} stood before it: /file - drops that.") from error
         finally:
             if self.conversation.messages is before:
@@ -8521,16 +8554,16 @@ def will_save_chats(settings: Settings, screen: Screen, hosts: Hosts) -> bool:
     return is_typed or settings.resume or settings.session is not None
 
 
-def new_files(settings: Settings, messages: Sequence[Message]) -> dict[str, str]:
-    """Return the texts of the files of the command line that the conversation has not got yet.
+def new_files(settings: Settings, messages: Sequence[Message]) -> dict[str, TextFile]:
+    """Return the files of the command line that the conversation has not got yet.
 
     So the same command on the same session can ask again about a document.
     """
     earlier = ""
     if settings.history:
         earlier = "\n".join(message["content"] for message in messages)
-    texts = read_texts(settings.file)
-    return {path: text for path, text in texts.items() if text not in earlier}
+    files = read_texts(settings.file)
+    return {path: file for path, file in files.items() if file.content not in earlier}
 
 
 def open_chat(
@@ -8720,7 +8753,7 @@ def run_with_signals(argv: Sequence[str] | None, engine: Engine) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the one place where errors become exit statuses.
+    """Run the program, and return its exit status.
 
     If a model was loaded, this ends the process (see `Engine.end_process`).
     """

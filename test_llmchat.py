@@ -2012,7 +2012,7 @@ NO_TEXTS = {
 def test_files_and_standard_input_take_the_same_texts(data, text, tmp_path) -> None:
     path = tmp_path / "file"
     path.write_bytes(data)
-    assert llmchat.read_texts([str(path)]) == {str(path): f"{path}:\n\n{text}"}
+    assert llmchat.read_texts([str(path)]) == {str(path): llmchat.TextFile(str(path), text)}
     with path.open() as stdin:
         assert llmchat.one_shot_prompt("-", stdin) == text
     with path.open() as stdin:
@@ -2367,7 +2367,7 @@ def test_the_oldest_turns_are_left_out_when_the_context_or_the_memory_is_full(fu
         full == "memory"
     )
     with pytest.raises(ChatError) as error:
-        talk.check_size(f"long.txt:\n\n{long}")
+        talk.check_size(llmchat.TextFile("long.txt", long))
     assert str(error.value) == Like(
         f"long.txt has * tokens, and doesn't fit {words}: nothing is added."
     )
