@@ -853,8 +853,19 @@ TELLING_FILES = (
 # A rough check of a repository's name; the hub's own check follows.
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 
-# Endings of files of weights, which no repository's name has.
-FILE_NAME = re.compile(r"\.(gguf|safetensors|onnx|bin|pth)$", re.IGNORECASE)
+# The formats of weights that MLX can't load, by the ending of their files.
+UNSUPPORTED_FORMATS = {
+    ".gguf": "GGUF",
+    ".bin": "PyTorch",
+    ".pt": "PyTorch",
+    ".pth": "PyTorch",
+    ".onnx": "ONNX",
+}
+
+# The name of a file of weights, which no repository has.
+WEIGHTS_FILE = re.compile(
+    rf"({'|'.join(map(re.escape, ['.safetensors', *UNSUPPORTED_FORMATS]))})$", re.IGNORECASE
+)
 REPOSITORY_ADDRESS = re.compile(
     r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/(models/)?([^/]+/[^/?#]+).*"
 )
@@ -2192,15 +2203,6 @@ class Model:
     memory_bytes: int | None
 
 
-# The formats of weights that MLX can't load, by the ending of their files.
-UNSUPPORTED_FORMATS = {
-    ".gguf": "GGUF",
-    ".bin": "PyTorch",
-    ".pt": "PyTorch",
-    ".pth": "PyTorch",
-    ".onnx": "ONNX",
-}
-
 # The last words of architectures that answer with a vector or a label. GPT2LMHeadModel and the
 # like do talk.
 NON_CHAT_ARCHITECTURE = re.compile(
@@ -2499,7 +2501,7 @@ def wrong_name_message(name: str) -> str:
             f"{shown} is a {UNSUPPORTED_FORMATS[path.suffix.lower()]} file, and MLX loads folders"
             f" of {WEIGHTS}: look for the model at mlx-community, such as llmchat {EXAMPLE_MODEL}."
         )
-    if os.path.isfile(path) or FILE_NAME.search(name):
+    if os.path.isfile(path) or WEIGHTS_FILE.search(name):
         return f"{shown} is a file: name the folder that holds the model, llmchat {path.parent}"
     if re.fullmatch(r"[\w./-]+:[\w.-]+", name):
         return (
@@ -2638,7 +2640,7 @@ def find_model(settings: Settings, hosts: Hosts, report: Callable[[Progress], No
     check_adapter(settings.adapter, hosts.size)
     folder = Path(os.path.expanduser(name))
     is_folder = bool(name) and os.path.isdir(folder)
-    is_file = os.path.isfile(folder) or bool(FILE_NAME.search(name))
+    is_file = os.path.isfile(folder) or bool(WEIGHTS_FILE.search(name))
     is_repository = bool(REPOSITORY.fullmatch(name)) and not is_file
     # Somebody else may have put a folder with the repository's name here, and code in it.
     if is_repository and (settings.trust_remote_code or not is_folder):
@@ -2872,6 +2874,10 @@ PREFILL_STEP_TOKENS = 512
 # The same while the user types: Enter waits for one step at most, or for a rendering before them.
 READ_AHEAD_STEP_TOKENS = 128
 
+# The copies of a state that a conversation keeps to go back to, and all copies together.
+MAX_SNAPSHOTS = 2
+MAX_COPIES = MAX_SNAPSHOTS + 1
+
 ENGINE_FAILED_WHAT = "The engine failed, so what it was generating is not kept"
 ENGINE_FAILED_ADVICE = "If memory ran out, a shorter prompt, /clear or a smaller model takes less."
 
@@ -3006,7 +3012,7 @@ class PromptCache:
             if needs_copy(leaf)
         }
         self._snapshots.append(Snapshot(len(self.tokens), copies))
-        del self._snapshots[:-2]
+        del self._snapshots[:-MAX_SNAPSHOTS]
 
     def rewind(self, prompt: Sequence[int]) -> int:
         """Go back to the longest prefix of `prompt` that can be reached; return its length.
@@ -3183,8 +3189,7 @@ def known_memory_use(leaf: Any) -> MemoryUse:
     for row_bytes, rows in arrays:
         # While a prompt is read, a window also holds the tokens of one step.
         size += row_bytes * (window + PREFILL_STEP_TOKENS if window else rows)
-    # Two snapshots hold a copy each.
-    return MemoryUse(0, 3 * size)
+    return MemoryUse(0, MAX_COPIES * size)
 
 
 def measured_memory_use(shorter: Any, longer: Any) -> MemoryUse:
@@ -3195,8 +3200,7 @@ def measured_memory_use(shorter: Any, longer: Any) -> MemoryUse:
     added_tokens = MEASURED_TOKENS[1] - MEASURED_TOKENS[0]
     bytes_per_token = (longer_bytes - shorter_bytes) // added_tokens
     fixed_bytes = max(0, longer_bytes - bytes_per_token * MEASURED_TOKENS[1])
-    # Two snapshots hold a copy each, of all of it.
-    return MemoryUse(3 * bytes_per_token, 3 * fixed_bytes)
+    return MemoryUse(MAX_COPIES * bytes_per_token, MAX_COPIES * fixed_bytes)
 
 
 def memory_per_token(network: Any) -> MemoryUse:
@@ -8122,8 +8126,10 @@ class Autosave:
             return
         if self.session:
             self.session.close()
-        self.session = SessionFile(self._last_path)
+        path = self._last_path
+        self.session = None
         self._last_path = None
+        self.session = SessionFile(path)
 
 
 def show_traceback_if_debugging() -> None:
