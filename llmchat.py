@@ -3554,6 +3554,8 @@ class ThoughtSplitter:
         self.text += text
         self._pending += text
         while True:
+            if self._has_text_without_mark():
+                self._begin_part_without_mark()
             mark = self._find_mark()
             yield from self._emit(mark.text_length)
             if not mark.length:
@@ -3602,21 +3604,24 @@ class ThoughtSplitter:
         return mark
 
     def _first_mark(self) -> FoundMark:
-        """Return the first mark in the pending text that counts in this state.
-
-        In a state that shows nothing, text without a mark begins a thought or the answer.
-        """
-        text = self._pending
+        """Return the first mark in the pending text that counts in this state."""
         if self._state in (START, BETWEEN):
-            mark = self._match_at(len(text) - len(text.lstrip())) or self._find_header()
-            if mark or not text.strip():
-                return mark or FoundMark(0)
-            self._begin_part_without_mark()
-        for index in range(len(text)):
+            return self._find_opening() or FoundMark(0)
+        for index in range(len(self._pending)):
             mark = self._match_at(index)
             if mark:
                 return mark
-        return FoundMark(len(text))
+        return FoundMark(len(self._pending))
+
+    def _has_text_without_mark(self) -> bool:
+        """Tell if text has come in a state that shows nothing, and no mark can begin with it."""
+        is_text = bool(self._pending.strip())
+        return self._state in (START, BETWEEN) and is_text and self._find_opening() is None
+
+    def _find_opening(self) -> FoundMark | None:
+        """Return the mark that the pending text begins with, or None if it begins with none."""
+        text = self._pending
+        return self._match_at(len(text) - len(text.lstrip())) or self._find_header()
 
     def _match_at(self, index: int) -> FoundMark | None:
         """Return the mark that begins at an index of the pending text, or None if none can."""
@@ -6936,11 +6941,16 @@ class TerminalProxy:
             with contextlib.suppress(BlockingIOError):
                 sent = os.write(self._pty_master, self.last_sent)
                 self._outgoing = self._outgoing[sent:]
-        if self._outgoing or not self.last_sent.endswith(ENTERS):
-            return
-        # Enter ends the line, and what is in the queue is for the next one. In a search, or after
-        # Ctrl+V, it does not; and libedit ends a search only when another key comes. So one key is
-        # sent that changes nothing: once it has been read in this line, the line goes on.
+        if not self._outgoing and self.last_sent.endswith(ENTERS):
+            self._wait_for_end_of_line()
+
+    def _wait_for_end_of_line(self) -> None:
+        """Give the line editor nothing of the next line while an Enter may still end this one.
+
+        In a search, or after Ctrl+V, Enter does not; and libedit ends a search only when another
+        key comes. So one key is sent that changes nothing: once it is read in this line, the line
+        goes on.
+        """
         if self._line_ended.wait(BURST_S):
             return
         with self._lock, contextlib.suppress(BlockingIOError):
