@@ -4198,6 +4198,8 @@ class ThinkingOptions:
         if self._default:
             values = values_to_try(template)
             choices = {name: self._choices(name, values[name]) for name in values}
+            # In this order: how much to think is asked beside what turns thinking on (`_choice`
+            # adds that), and a variable that says how much is no switch.
             for name in values:
                 self._find_switch(self._default, choices[name])
             for name in values:
