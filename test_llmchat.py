@@ -6382,9 +6382,9 @@ def show(name: str, unit: str, wanted: float, ours, peer) -> None:
     )
 
 
-def timed(action, *arguments, before="pass"):
-    """A measure of the seconds that an action takes, without what is to be done before."""
-    return functools.partial(timeit.timeit, functools.partial(action, *arguments), before, number=1)
+def timed(action, *arguments):
+    """A measure of the seconds that an action takes."""
+    return functools.partial(timeit.timeit, functools.partial(action, *arguments), number=1)
 
 
 def build_large(folder: Path) -> None:
@@ -6406,43 +6406,38 @@ def build_large(folder: Path) -> None:
 
 
 def bench_starts(model: Path, environment: dict[str, str]) -> None:
+    """The time to the first prompt on a terminal."""
     load = f"from mlx_lm import load; load({str(model)!r}); print('prompt -> ', flush=True)"
-    ours, theirs, floor = (
-        [*OURS, str(model)],
-        [*THEIRS, "--model", str(model)],
-        [sys.executable, "-c", load],
-    )
-    # llmchat's prompt, mlx-lm's as of 0.32 (a bracket), and as it was before.
-    prompt = "prompt -> |\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}|>> "
+    # As of 0.32 mlx-lm's prompt is a bracket.
+    is_bracket = ENGINE_VERSION >= (0, 32)
+    their_prompt = "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}" if is_bracket else ">> "
 
-    def start(wanted: str, *command: str) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(command, **pipes, env=environment) as process:
-            wait_for(process, wanted)
-            process.kill()
+    def start_s(wanted: str, *command: str, cold: bool = False) -> float:
+        if cold:
+            with (model / WEIGHTS).open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        started_s = time.perf_counter()
+        screen = Terminal(environment, [*command])
+        try:
+            screen.expect(wanted)
+            return time.perf_counter() - started_s
+        finally:
+            screen.close()
 
-    def forget() -> None:
-        with (model / WEIGHTS).open("rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    helps = (timed(start, "--help", *command, "--help") for command in (OURS, THEIRS))
-    show("--help, peer mlx_lm.chat", "s", 1 / 15, *helps)
-    show(
-        "start to prompt, peer mlx_lm.chat",
-        "s",
-        1.0,
-        timed(start, prompt, *ours),
-        timed(start, prompt, *theirs),
+    ours = functools.partial(start_s, "prompt -> ", *OURS, str(model), "--no-keep")
+    theirs = functools.partial(start_s, their_prompt, *THEIRS, "--model", str(model))
+    floor = functools.partial(start_s, "prompt -> ", sys.executable, "-c", load)
+    helps = (
+        functools.partial(
+            subprocess.run, [*command, "--help"], env=environment, capture_output=True
+        )
+        for command in (OURS, THEIRS)
     )
-    show(
-        "start to prompt, floor mlx_lm.load",
-        "s",
-        1.05,
-        timed(start, prompt, *ours),
-        timed(start, prompt, *floor),
-    )
+    show("--help, peer mlx_lm.chat", "s", 1 / 15, *map(timed, helps))
+    show("start to prompt, peer mlx_lm.chat", "s", 1.0, ours, theirs)
+    show("start to prompt, floor mlx_lm.load", "s", 1.05, ours, floor)
     if hasattr(os, "posix_fadvise"):
-        cold = (timed(start, prompt, *command, before=forget) for command in (ours, theirs))
+        cold = (functools.partial(each, cold=True) for each in (ours, theirs))
         show("start, weights not in memory, peer mlx_lm.chat", "s", 0.85, *cold)
 
 
@@ -6567,7 +6562,7 @@ def bench_launched(model: str, environment: dict[str, str]) -> None:
 
 def first_word_s(environment: dict[str, str], pause_s: float, prompts, *arguments: str) -> float:
     """The time from Enter to the first token of the last prompt, of somebody who types so slowly."""
-    flags = ["--stats", "--no-keep", "--max-tokens", "300"]
+    flags = ["--stats", "--no-keep", "--max-tokens", "2000"]
     screen = Terminal(environment, [*OURS, *arguments, *flags])
     try:
         screen.expect("prompt -> ")
@@ -6596,9 +6591,16 @@ def echo_s(environment: dict[str, str], *arguments: str) -> list[float]:
     return times_s
 
 
-def bench_read_ahead(dense: str, thinker: str, environment: dict[str, str]) -> None:
+def bench_read_ahead(folder: Path, dense: str, environment: dict[str, str]) -> None:
     """Enter to the first word for somebody who pauses for five seconds, beside somebody who
     doesn't."""
+    # It is so large that to read an answer takes longer than to generate the first token after it.
+    thinker = build_model(
+        folder / "large-thinker",
+        FAMILIES["thinking"],
+        [turns(("Count.", NUMBERS), ("Thanks!", "Yes."))],
+        hidden=3072,
+    )
     home = Path(environment["HOME"])
     tokens_per_word = len(loaded(dense).template.encode("word "))
     words = "word " * (3000 // tokens_per_word)
@@ -6648,13 +6650,6 @@ def bench(cache: str) -> None:
     bench_decode(model)
     bench_state(model, folder / "state.safetensors")
     bench_memory(dense, {**environment, "PYTHONPATH": str(HERE)})
-    # Large enough that reading the first answer again, without its thought, takes its time.
-    thinker = build_model(
-        folder / "thinker",
-        FAMILIES["thinking"],
-        [turns(("Count.", NUMBERS), ("Thanks!", "Yes."))],
-        hidden=1024,
-    )
-    bench_read_ahead(dense, thinker, environment)
+    bench_read_ahead(folder, dense, environment)
     if CAN_SHARE:
         bench_launched(dense, environment)
