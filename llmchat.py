@@ -5934,7 +5934,7 @@ class WordWrap:
         "\U0001f300-\U0003ffff"
     )
     # Spaces and newlines and the word after them: " word", "\n\nword", "日", or spaces at the end.
-    WORD = re.compile(rf"[ \n]*(?:[{WIDE}][^ \n{WIDE}]*|[^ \n{WIDE}]+)|[ \n]+")
+    WORD = re.compile(rf"[ \n]*[^ \n][^ \n{WIDE}]*|[ \n]+")
     # A line that opens or closes code: "```python" and "~~~", not "```code``` in a line".
     FENCE = re.compile(r"\s*(```[^`]*|~~~.*)")
     # The marks of bold text and of code within a line.
