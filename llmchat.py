@@ -959,6 +959,11 @@ def file_names(folder: Path) -> list[str]:
         return []
 
 
+def matching_names(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the names of files that fit at least one pattern."""
+    return [name for name in names if any(fnmatch.fnmatch(name, each) for each in patterns)]
+
+
 def repository_folder(name: str) -> Path:
     """Return the folder that a repository has, or would have, in the hub cache."""
     return hub_cache() / ("models--" + name.replace("/", "--"))
@@ -2533,7 +2538,7 @@ def check_plain_files(found: ModelFiles) -> None:
 
     A library would wait for a pipe for ever, and read a device until the memory is full.
     """
-    for name in [name for pattern in NEEDED for name in fnmatch.filter(found.names, pattern)]:
+    for name in matching_names(found.names, NEEDED):
         file = found.folder / name
         if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
             raise ChatError(
@@ -2578,7 +2583,7 @@ def ask_hub(name: str, settings: Settings, report: Callable[[Progress], None]) -
             fetch_file(name, folder.name, file)
     found = ModelFiles(name, folder, repository_folder(name), list(sizes))
     read_model_files(found, settings)
-    wanted = {file for pattern in NEEDED for file in fnmatch.filter(sizes, pattern)}
+    wanted = matching_names(sizes, NEEDED)
     found.missing = {file: sizes[file] for file in wanted if not os.path.exists(folder / file)}
     found.weight_bytes = sum(sizes[file] for file in fnmatch.filter(sizes, WEIGHTS))
     return found
@@ -2827,9 +2832,8 @@ def load_engine(found: ModelFiles, settings: Settings, hosts: Hosts) -> tuple[An
 
 def fingerprint(found: ModelFiles, settings: Settings) -> str:
     """Return the version of mlx-lm, and the sizes and times of all files that shape the network."""
-    patterns = (WEIGHTS, "*.json", "*.py")
     # Of a model in the hub cache the path names the commit.
-    names = [name for pattern in patterns for name in fnmatch.filter(found.names, pattern)]
+    names = matching_names(found.names, (WEIGHTS, "*.json", "*.py"))
     files = [found.folder / name for name in names]
     if adapter := adapter_folder(settings.adapter):
         files += adapter.glob("adapter*")
@@ -3319,9 +3323,9 @@ class StateFile:
 class Piece(NamedTuple):
     """A streamed unit of a reply: `thought` or `answer`, the model's words, or another kind.
 
-    `prefill` tells how much of the prompt is computed, `waiting` that the engine is still at work,
-    and a `notice` is a remark of the program.
-    `unclosed` comes last if all that was shown as a thought may be the answer, and repeats it.
+    `prefill` tells how much of the prompt is computed, `waiting` that a reply may be stopped here,
+    and a `notice` is a remark of the program. `unclosed` comes last if all that was shown as a
+    thought may be the answer, and repeats it.
     """
 
     kind: str
@@ -3571,9 +3575,10 @@ class ThoughtSplitter:
         self.text += text
         self._pending += text
         while True:
-            if self._has_text_without_mark():
-                self._begin_part_without_mark()
             mark = self._find_mark()
+            if mark is None:
+                self._begin_part_without_mark()
+                continue
             yield from self._emit(mark.text_length)
             if not mark.length:
                 return
@@ -3611,34 +3616,33 @@ class ThoughtSplitter:
             message["reasoning_content"] = thought
         return message
 
-    def _find_mark(self) -> FoundMark:
-        """Return the next mark in the pending text, or how much of it is certain to be text."""
+    def _find_mark(self) -> FoundMark | None:
+        """Return the next mark in the pending text, or how much of it is certain to be text.
+
+        None if it is text in a state that shows none.
+        """
         mark = self._first_mark()
+        if mark is None:
+            return None
         is_blank = not self._pending[: mark.text_length].strip()
         if self._part_is_empty and is_blank and not mark.length:
             # These spaces may belong to words that are still to come.
             return FoundMark(0)
         return mark
 
-    def _first_mark(self) -> FoundMark:
-        """Return the first mark in the pending text that counts in this state."""
+    def _first_mark(self) -> FoundMark | None:
+        """Return the first mark that counts in this state, or None as `_find_mark` does."""
+        text = self._pending
         if self._state in (START, BETWEEN):
-            return self._find_opening() or FoundMark(0)
-        for index in range(len(self._pending)):
+            mark = self._match_at(len(text) - len(text.lstrip())) or self._find_header()
+            if mark is None and not text.strip():
+                return FoundMark(0)
+            return mark
+        for index in range(len(text)):
             mark = self._match_at(index)
             if mark:
                 return mark
-        return FoundMark(len(self._pending))
-
-    def _has_text_without_mark(self) -> bool:
-        """Tell if text has come in a state that shows nothing, and no mark can begin with it."""
-        is_text = bool(self._pending.strip())
-        return self._state in (START, BETWEEN) and is_text and self._find_opening() is None
-
-    def _find_opening(self) -> FoundMark | None:
-        """Return the mark that the pending text begins with, or None if it begins with none."""
-        text = self._pending
-        return self._match_at(len(text) - len(text.lstrip())) or self._find_header()
+        return FoundMark(len(text))
 
     def _match_at(self, index: int) -> FoundMark | None:
         """Return the mark that begins at an index of the pending text, or None if none can."""
@@ -8167,6 +8171,11 @@ def show_traceback_if_debugging() -> None:
         traceback.print_exc()
 
 
+def is_chat_on_terminal(settings: Settings, editor: LineEditor) -> bool:
+    """Tell if somebody sits at the prompt: the input is no pipe, and not one prompt of a script."""
+    return editor.interactive and settings.prompt is None
+
+
 class Chat:
     """The loop: reads prompts and commands, shows replies. A turn that fails never ends it."""
 
@@ -8238,18 +8247,15 @@ class Chat:
         self.screen.write("Goodbye!\n")
 
     @property
-    def _is_on_terminal(self) -> bool:
-        return self.editor.interactive and self.settings.prompt is None
-
-    @property
     def reads_ahead(self) -> bool:
         """Whether the engine works while a prompt is typed."""
         # In a pipe nobody pauses to type. Several hosts would not read as far as each other.
-        return self._is_on_terminal and self.hosts.size == 1 and self.settings.read_ahead
+        is_on_terminal = is_chat_on_terminal(self.settings, self.editor)
+        return is_on_terminal and self.hosts.size == 1 and self.settings.read_ahead
 
     def warm_up(self) -> None:
         """Do now what reading ahead would begin with. Raises `ChatError` if the template fails."""
-        self.conversation.warm_up(notes_memory=self._is_on_terminal)
+        self.conversation.warm_up(notes_memory=is_chat_on_terminal(self.settings, self.editor))
         self.show_notes()
 
     def _read_prompt(self) -> Prompt:
@@ -8571,7 +8577,7 @@ def can_save(
     places = {}
     if saves_chats:
         places["chats"] = saved_chats.folder
-    if editor.interactive and settings.keep is not False and settings.prompt is None:
+    if is_chat_on_terminal(settings, editor) and settings.keep is not False:
         places["prompts"] = Path(os.path.expanduser(HISTORY_FILE))
     if warning := unsaved_warning(places):
         screen.notice(warning)
@@ -8621,7 +8627,7 @@ def open_chat(
         settings.model, settings.system, messages = engine.call(hosts.broadcast, shared)
         # Each host holds only its part of the state.
         settings.keep_state = False
-    if draft and not (editor.interactive and settings.prompt is None):
+    if draft and not is_chat_on_terminal(settings, editor):
         name = settings.session or "the chat"
         screen.notice(f"The last prompt of {name} got no reply, and is left out: {draft}")
         draft = ""
@@ -8668,8 +8674,8 @@ def run(
         prompt = one_shot_prompt(settings.prompt, sys.stdin, hosts.size > 1, screen.notice)
     elif notice := folder_config_notice(settings):
         screen.notice(notice)
-    is_chat_on_terminal = editor.interactive and prompt is None
-    if is_chat_on_terminal:
+    is_on_terminal = is_chat_on_terminal(settings, editor)
+    if is_on_terminal:
         # Before the model loads: keys that are typed meanwhile wait for the prompt.
         editor.open(completions, signals.request_stop)
     chat = open_chat(settings, screen, editor, hosts, signals, engine, saved_chats)
@@ -8679,7 +8685,7 @@ def run(
         if prompt is not None:
             return chat.answer_once(prompt)
         welcome(chat)
-        if is_chat_on_terminal:
+        if is_on_terminal:
             signals.start_chat()
         chat.run()
     return 1 if chat.has_failed and not editor.interactive else 0
