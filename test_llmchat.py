@@ -4795,7 +4795,7 @@ def test_an_answer_is_copied_and_a_prompt_is_edited_elsewhere(demo, terminal, ho
     screen.send("/edit\r", "prompt -> My name is\nAda.")
     assert screen.ask("")
     # What is typed while the other program has the terminal is kept, as a prompt of its own.
-    screen.send("/edit wait\r")
+    screen.send("/edit wait\r", "Editing with")
     screen.send("/stats\r", "Press Up*prompt -> /stats\nstats = true\n*prompt -> ")
     screen.send(UP + UP, "My name is\nAda.")
     screen = terminal(demo, EDITOR="false")
