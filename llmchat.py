@@ -2034,23 +2034,32 @@ class ChatTemplate:
         """The tokens that may be structure, by their ids.
 
         A token that was added to a vocabulary is special, or looks like a mark, or else it may be a
-        word, a sign or spaces that anybody writes.
+        word, a sign or spaces that anybody writes. A mark that ends replies may also be a piece of
+        the vocabulary itself.
         """
         mark = re.compile(r"\w.*[^\w\s]|[^\w\s].*\w")
-        return {
+        added = {
             number: str(token)
             for number, token in self.tokenizer.added_tokens_decoder.items()
             if str(token).strip() and (token.special or mark.search(str(token)))
         }
+        ends = {
+            number: self.tokenizer.convert_ids_to_tokens(number) for number in self.eos_token_ids
+        }
+        return {**{number: end for number, end in ends.items() if mark.search(end)}, **added}
 
     @functools.cached_property
     def _structure_ids(self) -> set[int]:
-        """The ids of the tokens that are structure: special ones, and those the template names."""
+        """The ids of the tokens that are structure.
+
+        They are special, or end replies, or are named in the template.
+        """
         added = self.tokenizer.added_tokens_decoder
+        special = {number for number, token in added.items() if token.special}
         return {
             number
             for number, text in self.added_tokens.items()
-            if added[number].special or text in self.source
+            if number in special | self.eos_token_ids or text in self.source
         }
 
     @functools.cached_property
@@ -2080,17 +2089,26 @@ class ChatTemplate:
             return self._has_only_structure_of(expected, render(conversation))
 
         plain = [with_texts(m, lambda text: text.replace(TOKEN_BREAK, "")) for m in messages]
-        safe = [self._broken_up.get(message_key(message), message) for message in plain]
+        # A template that finds its own marks in a text may leave them out where they belong.
+        without_marks = [with_texts(message, self._break_up_tokens) for message in plain]
+        safe = [
+            self._broken_up.get(message_key(message), changed)
+            for message, changed in zip(plain, without_marks)
+        ]
         prompt = render(safe)
         made_up = self._made_up(plain)
         expected = render(made_up)
         is_like = self._has_only_structure_of(expected, prompt)
         if not (is_like and prompt.text.endswith(expected.ending)):
             # The template may have answered to a word of a message that is no structure.
-            made_up = self._made_up(plain, self._plain_literals)
-            expected = render(made_up)
+            words = self._plain_literals
+            between = self._made_up(plain, words, before=PROBE_ANSWER)
+            if not self._writes_structure_between(render(between).text):
+                made_up = self._made_up(plain, words)
+                expected = render(made_up)
         if not self._has_only_structure_of(expected, prompt):
-            safe = self._break_up(plain, made_up, is_safe)
+            safe = self._break_up(without_marks, made_up, is_safe)
+            self._broken_up.update(zip(map(message_key, plain), safe))
             prompt = render(safe)
         return Rendered(prompt.text.replace(TOKEN_BREAK, ""), prompt.tokens, expected.ending)
 
@@ -2103,11 +2121,13 @@ class ChatTemplate:
             [token for token in expected.tokens if token in ids],
         )
 
-    def _made_up(self, messages: Sequence[Message], kept: Sequence[str] = ()) -> list[Message]:
+    def _made_up(
+        self, messages: Sequence[Message], kept: Sequence[str] = (), before: str = ""
+    ) -> list[Message]:
         """Return the messages with made-up words for texts, at last `PROBE_QUESTION`.
 
-        The words that are to be kept stay where they occur: a template may look for `/no_think` in
-        a message, and write something else then.
+        The words that are to be kept stay where they occur, after the word `before`: a template may
+        look for `/no_think` in a message, and write something else then.
         """
 
         def with_word(message: Message, made_up: str) -> Message:
@@ -2115,12 +2135,28 @@ class ChatTemplate:
                 # A template may leave out what is empty.
                 if not text.strip():
                     return text
-                return " ".join([*(word for word in kept if word in text), made_up])
+                words = [word for word in kept if word in text]
+                return " ".join([before, *words, made_up]).strip()
 
             return with_texts(message, change)
 
         *earlier, last = messages
         return [*(with_word(m, PROBE_EARLIER) for m in earlier), with_word(last, PROBE_QUESTION)]
+
+    def _writes_structure_between(self, text: str) -> bool:
+        """Tell if a template writes structure for words that stand between made-up ones.
+
+        An answer to `/no_think` stands elsewhere: here any document could make structure by them.
+        """
+        end = f"{PROBE_EARLIER}|{PROBE_QUESTION}"
+        places = re.finditer(f"{PROBE_ANSWER}(.*?)({end})", text, re.DOTALL)
+        return any(self._structure_texts.search(place[1]) for place in places)
+
+    def _break_up_tokens(self, text: str) -> str:
+        """Return a text with a `TOKEN_BREAK` in each structure token that it spells."""
+        return self._structure_texts.sub(
+            lambda match: match[0][0] + TOKEN_BREAK + match[0][1:], text
+        )
 
     @functools.cached_property
     def _plain_literals(self) -> list[str]:
@@ -2137,11 +2173,6 @@ class ChatTemplate:
         """Return the messages, with those broken up of which a text would become structure."""
         first_characters = {self.added_tokens[number][0] for number in self._structure_ids}
 
-        def within_tokens(text: str) -> str:
-            return self._structure_texts.sub(
-                lambda match: match[0][0] + TOKEN_BREAK + match[0][1:], text
-            )
-
         def after_first_characters(text: str) -> str:
             return "".join(
                 character + TOKEN_BREAK if character in first_characters else character
@@ -2153,7 +2184,7 @@ class ChatTemplate:
 
         safe = []
         for index, message in enumerate(messages):
-            for change in (str, within_tokens, after_first_characters, everywhere):
+            for change in (str, after_first_characters, everywhere):
                 changed = with_texts(message, change)
                 if is_safe([*made_up[:index], changed, *made_up[index + 1 :]]):
                     break
@@ -2166,9 +2197,6 @@ class ChatTemplate:
                 f"This conversation spells a special token of {self.name}, however it is broken "
                 "up. Write it in other words, or take turns back with /undo."
             )
-        for message, changed in zip(messages, safe):
-            if message != changed:
-                self._broken_up[message_key(message)] = changed
         return safe
 
 
