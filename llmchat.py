@@ -5336,6 +5336,35 @@ def one_shot_prompt(
     return prompt
 
 
+class WaitingReader(io.RawIOBase):
+    """Reads a descriptor, and waits for its data also if the descriptor is set not to block.
+
+    Another process that shares the descriptor may set that at any time. Python's own streams would
+    then take a pause for the end, and half a line for a whole one.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        """Tell that this can be read: Python's buffer asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with what has come; return the number of bytes, 0 at the end."""
+        while True:
+            count: int | None = self._raw.readinto(buffer)
+            if count is not None:
+                return count
+            select.select([self._raw], [], [])
+
+
+def waiting_stream(stdin: TextIO) -> TextIO:
+    """Return standard input as a stream that waits for its data: see `WaitingReader`."""
+    raw: Any = getattr(stdin.buffer, "raw", stdin.buffer)
+    return io.TextIOWrapper(io.BufferedReader(WaitingReader(raw)), stdin.encoding, stdin.errors)
+
+
 class PipedLines:
     """Reads a chat that is piped in, line by line. A line that is no text is refused alone."""
 
@@ -7140,7 +7169,8 @@ class LineEditor:
 
     def __init__(self, stdin: TextIO, screen: Screen, history: PromptHistory | None = None) -> None:
         self._stdin = stdin
-        self._piped_lines = PipedLines(stdin)
+        self._waiting_stdin = waiting_stream(stdin)
+        self._piped_lines = PipedLines(self._waiting_stdin)
         self._screen = screen
         self._history = history
         self.interactive = stdin.isatty() and screen.interactive
@@ -7462,7 +7492,7 @@ class LineEditor:
         # The end of the last reply comes a little later, through the other program.
         time.sleep(BURST_S)
         self._screen.write_stderr(prompt)
-        line = self._stdin.readline()
+        line = self._waiting_stdin.readline()
         if not line:
             self._screen.write_stderr("\n")
         return line

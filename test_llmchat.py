@@ -2061,6 +2061,24 @@ def test_a_file_comes_once_whatever_it_is_called(tmp_path, monkeypatch) -> None:
     assert list(texts) == [str(tmp_path / "a.txt")]
 
 
+def test_a_pipe_that_does_not_block_is_waited_for() -> None:
+    readable, writable = os.pipe()
+    os.set_blocking(readable, False)
+    with open(readable) as pipe:
+        stdin = llmchat.waiting_stream(pipe)
+        lines = llmchat.PipedLines(stdin)
+        read = []
+        thread = threading.Thread(target=lambda: read.extend(iter(lines.read, "")), daemon=True)
+        thread.start()
+        for part in (b"hello\nth", b"ere\n", b"quit"):
+            time.sleep(0.1)
+            os.write(writable, part)
+        time.sleep(0.1)
+        os.close(writable)
+        thread.join(60)
+    assert read == ["hello\n", "there\n", "quit"]
+
+
 def test_a_line_of_a_pipe_that_is_too_long_is_refused_alone(tmp_path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"a" * 3 * llmchat.MAX_TEXT_BYTES + b"\nquit\n")
@@ -5168,6 +5186,15 @@ def test_a_log_holds_the_replies_and_no_prompts(demo, terminal, home) -> None:
     screen.leave()
     log = (home / "log").read_text()
     assert log == START.format(model=demo) + f"\n{SAID_HELLO}\n\nGoodbye!\n"
+
+
+def test_a_terminal_that_does_not_block_is_waited_for_in_a_log_too(demo, terminal) -> None:
+    code = "import os, sys; os.set_blocking(0, False); os.execv(sys.argv[1], sys.argv[1:])"
+    piped = f"{shlex.join([*PROGRAM, demo])} | cat"
+    screen = terminal(program=[sys.executable, "-c", code, "/bin/sh", "-c", piped])
+    screen.send("Say hello.\n", f"{SAID_HELLO}*prompt -> ")
+    screen.send("quit\n", "Goodbye!")
+    screen.leave()
 
 
 # --------------------------------------------------------------------------------------- Loading
