@@ -6424,12 +6424,13 @@ AFTER_ESCAPE = re.compile(rb"[\r\n\x7f]|[bfd]\Z|[\[O].")
 LATE_ESCAPE_S = 1.0
 ESCAPE = b"\x1b"
 CTRL_D = b"\x04"
+CTRL_U = b"\x15"
 ENTERS = (b"\r", b"\n")
 ALT_ENTER = b"\x1b\r"
 BACKSPACE = b"\x7f"
 
 # What a terminal that is gone is taken to send: Ctrl+U and Ctrl+D, which drop the line and leave.
-TERMINAL_GONE = b"\x15\x04"
+TERMINAL_GONE = CTRL_U + CTRL_D
 
 # Bracketed paste: switch it on and off in the terminal, and the marks that the terminal then puts
 # around a paste.
@@ -7084,6 +7085,9 @@ def enlarge_libedit_buffers(readline: Any) -> None:
         readline.insert_text(char)
 
 
+# Keys that begin with a character. Other keys may bring back what was deleted, as Ctrl+Y does.
+TYPED_CHARACTER = re.compile(rb"[^\x00-\x1f\x7f]")
+
 # What stands for a newline in a line of libedit, which can't hold one.
 NEWLINE_SIGN = "␤"
 
@@ -7181,9 +7185,10 @@ class LineEditor:
         self._placeholders = Placeholders()
         # Called, by another thread, with a text that was pasted into an empty line.
         self.on_first_paste: Callable[[str], None] = lambda text: None
-        self._line_is_empty = True
         # The pasted texts, as they stand in the line that is being read.
         self._pasted: list[str] = []
+        # The paste, or the draft of several lines, that this line began with.
+        self._first_text = ""
         # What the prompt held when Ctrl+C dropped it.
         self._dropped = ""
 
@@ -7340,19 +7345,38 @@ class LineEditor:
 
     def _to_editor(self, item: bytes | str) -> bytes:
         """Return what the line editor is to get for keys, or for a text that was pasted."""
-        line_was_empty = self._line_is_empty
-        self._line_is_empty = False
         if isinstance(item, bytes):
+            if TYPED_CHARACTER.match(item):
+                self._forget_deleted_text()
             return self._libedit_keys(item) if self._libedit else item
         if item == "\n":
             text = NEWLINE_SIGN if self._libedit else item
         else:
-            if line_was_empty:
+            if self._line_is_blank():
+                self._first_text = item
                 self.on_first_paste(item)
             text = self._editor_text(item, pasted=True)
             self._pasted.append(text)
         keys = self._insertion(text)
         return self._in_place_of_long_line(keys) if self._libedit else keys
+
+    def _forget_deleted_text(self) -> None:
+        """Forget what this line began with if nothing is left: what follows is typed."""
+        if not self._first_text or not self._line_is_blank():
+            return
+        # The line editor may still be at work on what it was given last.
+        time.sleep(SETTLED_S)
+        if self._line_is_blank():
+            self._first_text = ""
+
+    def _line_is_blank(self) -> bool:
+        """Tell if nothing stands in the line editor's line but blanks."""
+        # Libedit's buffer keeps the last text when the line becomes empty. Its Ctrl+U deletes the
+        # whole line, but not with vi's keys.
+        is_emacs_of_libedit = self._libedit and not self._vi_keys
+        if is_emacs_of_libedit and self._proxy.last_sent.endswith(CTRL_U):
+            return True
+        return not self._current_line().strip()
 
     def _libedit_keys(self, keys: bytes) -> bytes:
         """Return keys that were typed as libedit is to get them."""
@@ -7500,7 +7524,7 @@ class LineEditor:
     def _edit_line(self, prompt: str, text: str) -> str:
         """Read a line with the line editor; return it as it stood there."""
         self._pasted.clear()
-        self._line_is_empty = not text
+        self._first_text = text if "\n" in text else ""
         if self._screen.styled:
             # The marks \x01 and \x02 take the colour out of the editor's count of columns. Libedit
             # loses a colour that nothing follows.
@@ -7533,8 +7557,12 @@ class LineEditor:
         for text in self._pasted:
             typed = typed.replace(text, "", 1)
         has_typed_newline = "\n" in typed or (self._libedit and NEWLINE_SIGN in typed)
-        is_typed_line = not begins_pasted and not has_typed_newline
-        return Prompt(self._text_of(line), is_typed_line)
+        # A paste that was edited is no command either: "/clear everything" without its last word.
+        whole_text = self._text_of(line)
+        first_word = whole_text.lstrip().partition(" ")[0]
+        was_pasted = bool(first_word) and first_word in self._first_text
+        is_typed_line = not (begins_pasted or was_pasted or has_typed_newline)
+        return Prompt(whole_text, is_typed_line)
 
     def _text_of(self, line: str) -> str:
         """Return the text that a line of the editor stands for."""

@@ -4456,6 +4456,47 @@ def test_only_a_typed_line_is_a_typed_line(reader) -> None:
     assert read(screen, UP) == TYPED("/system one\ntwo")
 
 
+CTRL_W, BACKSPACE = "\x17", "\x7f"
+# A paste, the keys that edit it, and what is read.
+EDITED_PASTES = {
+    "a command without its text": (
+        [MARKED("/clear everything"), CTRL_W, BACKSPACE],
+        NOT_TYPED("/clear"),
+    ),
+    "a leave word": ([MARKED("quit nowx"), *[BACKSPACE] * 5], NOT_TYPED("quit")),
+    "a leave word after a blank": ([" ", MARKED("quit now"), CTRL_W], NOT_TYPED("quit")),
+    "a comment without its end": ([MARKED("// foo bar"), CTRL_W], NOT_TYPED("// foo")),
+    "a comment with more": ([MARKED("// foo.ts"), "\x1b[D\x1b[DX"], NOT_TYPED("// foo.Xts")),
+    "the rest of a word": ([MARKED("x/clear"), "\x01\x1b[3~"], NOT_TYPED("/clear")),
+    "what Ctrl+Y brings back": (
+        [MARKED("/clear all"), "\x01\x0b", "\x19", CTRL_W, BACKSPACE],
+        NOT_TYPED("/clear"),
+    ),
+    "a command typed before it": (
+        [MARKED("all of it"), "\x01", "/edit "],
+        TYPED("/edit all of it"),
+    ),
+    "an argument that was edited": (["/file ", MARKED("/file x"), CTRL_W], TYPED("/file /file")),
+    "a line typed in its place": ([MARKED("/clear all"), CTRL_U, "/clear"], TYPED("/clear")),
+    "another paste in its place": ([MARKED("a /clear"), CTRL_U, MARKED("b"), "c"], NOT_TYPED("bc")),
+    "a paste after what was dropped": (
+        ["abc", CTRL_U, MARKED("quit now"), CTRL_W],
+        NOT_TYPED("quit"),
+    ),
+}
+
+
+def test_a_paste_that_was_edited_is_no_command(reader) -> None:
+    screen = reader()
+    for name, (keys, prompt) in EDITED_PASTES.items():
+        assert (name, read(screen, *keys)) == (name, prompt)
+    # Nor are several lines that came back to be edited.
+    screen.send("/draft /clear|x\r", "\nprompt -> ")
+    assert read(screen, BACKSPACE, BACKSPACE) == NOT_TYPED("/clear")
+    screen.send("/draft /clear|x\r", "\nprompt -> ")
+    assert read(screen, CTRL_U, "/clear") == TYPED("/clear")
+
+
 DRAFTS = {
     "/clear": TYPED("//clear"),
     "quit": NOT_TYPED("quit"),
