@@ -7110,11 +7110,21 @@ def quoted_block(lines: Sequence[str]) -> Prompt:
     return Prompt(block.strip("\n"), is_typed_line=False)
 
 
+def trim_prompt(text: str) -> str:
+    """Return a text as it is sent: a line without the blanks around it, or a block as it is."""
+    text = text.strip("\n")
+    return text if "\n" in text else text.strip()
+
+
 def typed_form(text: str) -> str:
     """Return what one types to send a text as it is: with its slash doubled, or in three quotes."""
+    # The line editor is given no control characters.
+    text = strip_control_characters(text)
     looks_quoted = text.startswith('"""')
     if "\n" in text:
         return f'"""{text}"""' if looks_quoted and text.endswith('"""') else text
+    if text != trim_prompt(text):
+        return f'"""{text}"""'
     if text.startswith("/"):
         return "/" + text
     if looks_quoted or text.lower() in LEAVE_WORDS:
@@ -7457,9 +7467,7 @@ class LineEditor:
     def _read_lines(self, lines: list[str], text: str) -> Prompt:
         """Read a prompt; its lines so far are put into `lines`."""
         first = self._read_line("prompt -> ", text)
-        block = first.text.strip("\n")
-        if "\n" not in block:
-            block = block.strip()
+        block = trim_prompt(first.text)
         is_quoted = block.startswith('"""')
         is_closed = is_quoted and block[3:].endswith('"""')
         # A paste that only starts with three quotes is no beginning: program text often does.
@@ -7574,8 +7582,11 @@ class LineEditor:
         """Have Up bring back the lines of a prompt that Ctrl+C dropped."""
         line = self._parse_line(self._current_line())
         if lines:
-            line = quoted_block([*lines, line.text])
-        self._dropped = line.text if line.is_typed_line else typed_form(line.text)
+            self._dropped = typed_form(quoted_block([*lines, line.text]).text)
+        elif line.is_typed_line:
+            self._dropped = line.text
+        else:
+            self._dropped = typed_form(trim_prompt(line.text))
         if self._readline and self._dropped:
             self._add_history(self._dropped)
 

@@ -4454,6 +4454,35 @@ def test_only_a_typed_line_is_a_typed_line(reader) -> None:
     assert read(screen, "/file ", MARKED("a.txt")) == TYPED("/file a.txt")
     assert read(screen, "/system ", MARKED("one\rtwo")) == TYPED("/system one\ntwo")
     assert read(screen, UP) == TYPED("/system one\ntwo")
+    # What is in three quotes comes back with the blanks around it, and is sent with them.
+    for text in ("  /clear", "  //x", " quit "):
+        assert read(screen, f'"""{text}"""') == NOT_TYPED(text)
+        assert read(screen, UP) == NOT_TYPED(text)
+    # But blanks around a paste are not sent, and do not come back.
+    screen.send(MARKED(" quit "), "quit")
+    screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
+    assert read(screen, UP) == NOT_TYPED("quit")
+
+
+TYPED_FORMS = {
+    "one two": "one two",
+    "/clear": "//clear",
+    "//x": "///x",
+    "Quit": '"""Quit"""',
+    '"""x': '""""""x"""',
+    " x": '""" x"""',
+    "x\t": '"""x\t"""',
+    " /x": '""" /x"""',
+    " quit ": '""" quit """',
+    "\x07quit": '"""quit"""',
+    " a\nb ": " a\nb ",
+    '"""a\nb"""': '""""""a\nb""""""',
+}
+
+
+@pytest.mark.parametrize(("text", "typed"), TYPED_FORMS.items())
+def test_a_text_is_typed_so_that_it_is_sent_as_it_is(text, typed) -> None:
+    assert llmchat.typed_form(text) == typed
 
 
 CTRL_W, BACKSPACE = "\x17", "\x7f"
@@ -4503,6 +4532,10 @@ DRAFTS = {
     "one|two": NOT_TYPED("one\ntwo"),
     '"""one': NOT_TYPED('"""one'),
     '"""one|two"""': NOT_TYPED('"""one\ntwo"""'),
+    " /clear": NOT_TYPED(" /clear"),
+    " //x": NOT_TYPED(" //x"),
+    ' """one': NOT_TYPED(' """one'),
+    " quit": NOT_TYPED(" quit"),
 }
 
 
