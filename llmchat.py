@@ -5365,6 +5365,14 @@ def waiting_stream(stdin: TextIO) -> TextIO:
     return io.TextIOWrapper(io.BufferedReader(WaitingReader(raw)), stdin.encoding, stdin.errors)
 
 
+class RefusedLineError(ChatError):
+    """A line that is piped in can't be sent; `text` is what can be read of it."""
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
+
+
 class PipedLines:
     """Reads a chat that is piped in, line by line. A line that is no text is refused alone."""
 
@@ -5374,17 +5382,25 @@ class PipedLines:
         self._lines_read = 0
 
     def read(self) -> str:
-        r"""Return the next line with its \n, or nothing at the end. Raises `ChatError`."""
+        r"""Return the next line with its \n, or nothing at the end.
+
+        Raises `RefusedLineError`, or `ChatError` if that is said of the whole stream.
+        """
         self._lines_read += 1
         if self._lines_read == 1:
             self._convert_utf16()
         data = self._stream.readline(MAX_TEXT_BYTES)
         if len(data) == MAX_TEXT_BYTES:
+            beginning = data
             while data and not data.endswith(b"\n"):
                 data = self._stream.readline(MAX_TEXT_BYTES)
-            raise ChatError(f"Line {self._lines_read} is too long for any model: it is not sent.")
-        with explain_errors("Standard input is no text", "The line is not sent.", ValueError):
+            problem = f"Line {self._lines_read} is too long for any model: it is not sent."
+            raise RefusedLineError(problem, (beginning + data).decode(errors="replace"))
+        try:
             return decode_text(data, self._lines_read)
+        except ValueError as error:
+            problem = f"Standard input is no text: {error}. The line is not sent."
+            raise RefusedLineError(problem, data.decode(errors="replace")) from error
 
     def _convert_utf16(self) -> None:
         """Read a stream of UTF-16 to its end, since its newlines can't be found byte by byte."""
@@ -7201,6 +7217,8 @@ class LineEditor:
         self._first_text = ""
         # What the prompt held when Ctrl+C dropped it.
         self._dropped = ""
+        # The last line of the prompt that can't be sent.
+        self._refused_line: RefusedLineError | None = None
 
     def open(self, complete: Callable[[str], Iterable[str]], on_escape: Callable[[], None]) -> None:
         """Switch the line editor on.
@@ -7255,17 +7273,24 @@ class LineEditor:
 
         On a terminal `text` stands in the line for editing. Raises `EOFError` at the end of the
         input, and `KeyboardInterrupt` on Ctrl+C, after which Up brings the text of the prompt back.
+        Raises `ChatError` for a prompt of a pipe that can't be sent, once all of it is read.
         """
         if text and self.interactive:
             text = self._offer(typed_form(text))
         self._screen.write("\n")
         self._dropped = ""
+        self._refused_line = None
         lines: list[str] = []
         try:
-            return self._read_lines(lines, text)
+            prompt = self._read_lines(lines, text)
         except KeyboardInterrupt:
             self._drop(lines)
             raise
+        if self._refused_line and lines:
+            raise ChatError(f"{self._refused_line} Nor is the rest of its block.")
+        if self._refused_line:
+            raise self._refused_line
+        return prompt
 
     def line_has_text(self) -> bool:
         """Tell if there was something in the prompt when Ctrl+C dropped it."""
@@ -7511,6 +7536,11 @@ class LineEditor:
         try:
             with stream_errors():
                 line = self._piped_lines.read()
+        except RefusedLineError as error:
+            # The line may begin or end a block, which is refused as a whole.
+            self._refused_line = error
+            self._screen.write("\n")
+            return error.text
         except ChatError:
             self._screen.write("\n")
             raise

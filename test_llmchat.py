@@ -3219,6 +3219,24 @@ def test_a_piped_chat_refuses_what_is_no_text_and_goes_on(demo, start) -> None:
     assert process.returncode == 1
 
 
+BAD_BLOCKS = {
+    "a line": b'"""\nquit\n\xff\n/clear\n"""\n',
+    "its beginning": b'"""\xff\nquit\n"""\n',
+    "its end": b'"""\nquit\n\xff"""\n',
+}
+
+
+@pytest.mark.parametrize("block", BAD_BLOCKS.values(), ids=BAD_BLOCKS)
+def test_a_block_of_a_pipe_is_refused_as_a_whole(block, demo, start) -> None:
+    process = start(demo)
+    out, err = process.communicate(block + b"Say hello.\nquit\n")
+    refused = "Standard input is no text: line * is no UTF-8. The line is not sent."
+    assert err.decode() == Like(f"{refused} Nor is the rest of its block.\n")
+    shown = f"\nprompt -> Say hello.\n{SAID_HELLO}\n\nprompt -> quit\nGoodbye!\n"
+    assert out.decode().endswith(shown)
+    assert process.returncode == 1
+
+
 def test_a_one_shot_says_that_it_waits_for_standard_input(demo, start) -> None:
     process = start(demo, "-p", "Say hello.")
     assert select.select([process.stderr], [], [], 60)[0]
