@@ -6439,6 +6439,7 @@ AFTER_ESCAPE = re.compile(rb"[\r\n\x7f]|[bfd]\Z|[\[O].")
 # An Esc that is pressed this soon after a reply has ended was meant to stop the reply.
 LATE_ESCAPE_S = 1.0
 ESCAPE = b"\x1b"
+CTRL_C = b"\x03"
 CTRL_D = b"\x04"
 CTRL_U = b"\x15"
 ENTERS = (b"\r", b"\n")
@@ -6690,6 +6691,8 @@ class KeyQueue:
         # An Esc by itself is all that has arrived, and may still be the first half of a key.
         self._holds_escape = False
         self._items: collections.deque[bytes | str] = collections.deque()
+        # Ctrl+C came as the sequence of a key, for which the terminal sends no signal.
+        self._has_interrupt = False
 
     def has_items(self) -> bool:
         """Tell if `take` would return something."""
@@ -6756,6 +6759,12 @@ class KeyQueue:
         """Take the first item: keys up to the end of a line, or a text that was pasted."""
         return self._items.popleft()
 
+    def take_interrupt(self) -> bool:
+        """Tell if Ctrl+C came as the sequence of a key since this was asked last."""
+        has_interrupt = self._has_interrupt
+        self._has_interrupt = False
+        return has_interrupt
+
     def _is_paste_open(self) -> bool:
         return self._arrived.rfind(PASTE_START) > self._arrived.rfind(PASTE_END)
 
@@ -6785,6 +6794,9 @@ class KeyQueue:
                 self._items.append(re.sub("\r\n?", "\n", text))
                 continue
             keys = key_bytes(match[0]) if match["sequence"] else match[0]
+            if match["sequence"] and keys == CTRL_C:
+                self._has_interrupt = True
+                continue
             if keys == ESCAPE:
                 has_escape = True
                 keys = escape
@@ -7020,7 +7032,10 @@ class TerminalProxy:
                 self._queue.sort_line(not self._outgoing, self._escape_is_key)
             else:
                 escaped = self._queue.sort_ahead()
+            interrupted = self._queue.take_interrupt()
             self._set_timer()
+        if interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
         if escaped:
             self.on_escape()
 

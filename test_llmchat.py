@@ -1694,6 +1694,7 @@ KEYS = {
     "numbers of the keypad": (b"\x1bOp\x1bOq\x1bOk", [b"01+"]),
     "characters in CSI u": (b"\x1b[97u\x1b[97;2u\x1b[32;2u\x1b[233u", ["aA é".encode()]),
     "Ctrl in CSI u": (b"\x1b[97;5u\x1b[27;5;100~", [b"\x01\x04"]),
+    "Ctrl+C in CSI u is no key": (b"a\x1b[99;5u\x1b[27;5;99~b", [b"ab"]),
     "Alt in CSI u": (b"\x1b[98;3u\x1b[127;3u", [b"\x1bb\x1b\x7f"]),
     "Backspace and Tab in CSI u": (b"\x1b[127u\x1b[9u\x1b[127;2u", [b"\x7f\t\x7f"]),
     "keys of CSI u without meaning": (b"\x1b[57352u\x1b[97;9u\x1b[9;2u\x1b[49;5u\x1b[9999999u", []),
@@ -4587,6 +4588,14 @@ def test_ctrl_c_drops_a_line_that_up_brings_back(reader, home) -> None:
     screen.send("a secret", "secret")
     screen.send(CTRL_C, "Ctrl+C, text: True\n\nprompt -> ")
     assert (home / ".llmchat_history").read_text() == 'abcd\none\\ntwo\n"""quit"""\n'
+
+
+@pytest.mark.parametrize("ctrl_c", ["\x1b[99;5u", "\x1b[27;5;99~"])
+def test_ctrl_c_as_a_sequence_drops_a_line_too(ctrl_c, reader) -> None:
+    screen = reader()
+    screen.send("abc", "abc")
+    screen.send(ctrl_c, "Ctrl+C, text: True\n\nprompt -> ")
+    assert read(screen, UP, "d") == TYPED("abcd")
 
 
 def test_an_esc_of_a_dropped_line_belongs_to_no_key(reader) -> None:
