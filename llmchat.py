@@ -3487,6 +3487,18 @@ class ThoughtFormat(NamedTuple):
             return thought_end
         return ""
 
+    @property
+    def next_message_start(self) -> list[str]:
+        """The parts that the template writes between the end of a thought and the next header.
+
+        In `<|end|><|start|>assistant` they are `<|start|>` and `assistant`.
+        """
+        parts = list(itertools.chain.from_iterable(split_marks(self.thought_end)[1:]))
+        answer_start = split_mark(self.answer_start)
+        if answer_start and parts[-len(answer_start) :] == answer_start:
+            return parts[: -len(answer_start)]
+        return parts
+
     def to_template_message(self, message: Message) -> dict[str, Any]:
         """Return a message in the form in which the template takes it."""
         if message["role"] != "assistant":
@@ -3526,11 +3538,8 @@ def marks_by_state(format: ThoughtFormat) -> StateMarks:
     """Return the marks that lead a splitter from one state to another."""
     start = split_mark(format.thought_start)
     answer_start = split_mark(format.answer_start)
-    end, *others = split_marks(format.thought_end) or [[]]
-    # What the template writes between the end of a thought and the mark of the next part.
-    turn = list(itertools.chain.from_iterable(others))
-    if answer_start and turn[-len(answer_start) :] == answer_start:
-        turn = turn[: -len(answer_start)]
+    end, *_ = split_marks(format.thought_end) or [[]]
+    turn = format.next_message_start
     marks: StateMarks = {
         START: [(start, THOUGHT), (end, BETWEEN), (answer_start, ANSWER)],
         THOUGHT: [(start, THOUGHT), (end, BETWEEN)],
@@ -3543,6 +3552,20 @@ def marks_by_state(format: ThoughtFormat) -> StateMarks:
         # Another message may follow an answer.
         marks[ANSWER].append((end + turn, BETWEEN))
     return {state: [pair for pair in pairs if pair[0]] for state, pairs in marks.items()}
+
+
+def header_openings(format: ThoughtFormat) -> set[str]:
+    """Return what headers begin with: their special tokens, or a word if no token comes before it.
+
+    Of the header `<|channel|>final<|message|>` these are `<|channel|>`, `final<|message|>` and
+    `<|message|>`. The word `final` alone is none: an answer may begin with it.
+    """
+    openings = {format.header_end}
+    for header in (split_mark(format.thought_start), split_mark(format.answer_start)):
+        openings.update(word + format.header_end for word in mark_words(header))
+        for first in (header[:1], format.next_message_start[:1]):
+            openings.update(filter(TOKEN_LIKE.fullmatch, first))
+    return openings
 
 
 class ThoughtSplitter:
@@ -3571,8 +3594,10 @@ class ThoughtSplitter:
         start = split_mark(format.thought_start)
         answer_start = split_mark(format.answer_start)
         self._thought_words = mark_words(start) - mark_words(answer_start)
-        marks = [mark for mark, _ in self._marks[START] + self._marks[BETWEEN]]
-        self._header_openings = {format.header_end, *(mark[0] for mark in marks)}
+        self._header_openings = header_openings(format)
+        # A prompt may end in words of a header, such as `<|start|>assistant`: more may follow.
+        turn = format.next_message_start
+        self._words_may_begin_header = bool(turn) and not TOKEN_LIKE.fullmatch(turn[-1])
         self._answer_end = split_mark(format.answer_end)
         # If a mark begins the answer, the mark that ends it counts only after some mark was seen.
         self._answer_may_end = not answer_start
@@ -3702,11 +3727,19 @@ class ThoughtSplitter:
         return FoundMark(0, len(header + end), THOUGHT if is_thought else ANSWER)
 
     def _may_begin_header(self, text: str) -> bool:
-        """Tell if a text begins like a header: with a mark's part, or a word such as `to=user`."""
-        for opening in self._header_openings:
-            if text.startswith(opening) or opening.startswith(text):
+        """Tell if a text begins like a header, and not like an answer.
+
+        After the prompt `<|start|>assistant`, the text ` to=user lang=en<|message|>` is a header,
+        but `a=b holds <|message|>` is an answer.
+        """
+        if self._state == START and self._words_may_begin_header:
+            text = re.sub(r"^(\w+=[^\s<]*\s*)+", "", text)
+            if re.fullmatch(r"\w+", text):
                 return True
-        return re.match(r"\w+(=|<|$)", text) is not None
+        return any(
+            text.startswith(opening) or opening.startswith(text)
+            for opening in self._header_openings
+        )
 
     def _may_end_answer(self, text: str) -> bool:
         """Tell if a text is the mark that ends an answer, or its beginning, and nothing follows."""

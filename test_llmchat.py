@@ -1491,6 +1491,10 @@ REPLIES = [
     ("channels", "", f"{ANALYSIS}Hm.<|end|><|channel|>final<|message|>Yes.<|end|>", "Hm.", "Yes."),
     ("channels", "", f"{ANALYSIS}Hm.<|end|>Yes.", "Hm.", "Yes."),
     ("channels", "", "Hello there, I say.", "", "Hello there, I say."),
+    ("channels", "", "a=b holds <|message|> in it.", "", "a=b holds <|message|> in it."),
+    ("channels", "", "x=1, y=2", "", "x=1, y=2"),
+    ("channels", "", f"Yes<|end|>{THEN_FINAL}And more.", "", "Yes\n\nAnd more."),
+    ("channels", "", "final<|message|>Yes.", "", "Yes."),
     ("channels", "", "<|channel|>analysis", "", ""),
     (
         "recipients",
@@ -1513,6 +1517,7 @@ REPLIES = [
         "Hm.",
         "Yes.",
     ),
+    ("recipients", "", " to=all lang=en<|message|>Yes.", "", "Yes."),
     ("recipients", "", "<|message|>Yes.", "", "Yes."),
     ("recipients", "", "To be or not.", "", "To be or not."),
     (
@@ -1522,6 +1527,15 @@ REPLIES = [
         "Hm.",
         "Yes.",
     ),
+    (
+        "parts",
+        "",
+        "<|open|>think<|sep|>Hm.<|close|>think<|sep|>"
+        "Yes<|close|>response<|sep|><|close|>message<|sep|>",
+        "Hm.",
+        "Yes",
+    ),
+    ("parts", "", "a=b <|open|> c <|sep|>", "", "a=b <|open|> c <|sep|>"),
     (
         "parts",
         "<|open|>think<|sep|>",
@@ -1609,7 +1623,7 @@ def test_a_reply_is_told_apart_alike_however_it_arrives(format) -> None:
     chance = random.Random(1)
     format = llmchat.ThoughtFormat(*FORMATS[format])
     marks = [part for mark in format[:4] for part in llmchat.split_mark(mark)]
-    words = [*marks, "<", "|>", "to=", " ", "\n", "\n\n", "a b. ", "<|"]
+    words = [*marks, "<", "|>", "to=", "a=b", " ", "\n", "\n\n", "a b. ", "<|"]
     for _ in range(200):
         text = "".join(chance.choices(words, k=8))
         prefilled = chance.choice(
