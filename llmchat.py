@@ -3546,6 +3546,9 @@ def marks_by_state(format: ThoughtFormat) -> StateMarks:
         BETWEEN: [(answer_start, ANSWER), (turn + answer_start, ANSWER)],
         ANSWER: [],
     }
+    if answer_start and TOKEN_LIKE.fullmatch(answer_start[0]):
+        # A model may leave out the end of a thought.
+        marks[THOUGHT] += [(turn + answer_start, ANSWER), (answer_start, ANSWER)]
     if turn:
         marks[BETWEEN].append((turn + start, THOUGHT))
     if turn and format.header_end:
@@ -3585,6 +3588,8 @@ class ThoughtSplitter:
                     BETWEEN ---------------------------------------------> ANSWER
 
     There a header of other words leads to ANSWER too, and so does text without a header.
+
+    The mark that begins the answer leads from THOUGHT to ANSWER, unless the thought quotes it.
     """
 
     def __init__(self, format: ThoughtFormat, prefilled: str = "") -> None:
@@ -3707,11 +3712,26 @@ class ThoughtSplitter:
                 # The mark that opens a thought is quoted here.
                 continue
             length = match_mark(parts, text, further_words=bool(self._format.header_end))
+            if length == 0:
+                continue
+            if self._state == THOUGHT and target == ANSWER and self._is_quoted(index):
+                continue
             if length:
                 return FoundMark(index, length, target)
-            if length is None:
-                may_become_mark = True
+            may_become_mark = True
         return FoundMark(index) if may_become_mark else None
+
+    def _is_quoted(self, index: int) -> bool:
+        """Tell if a thought talks about the mark at an index of the pending text.
+
+        A quoted mark stands in a sentence after a space, after a sign of quotation, or in code. A
+        model that goes on to its answer writes the mark right after the thought, or on a new line.
+        """
+        before = self._texts[THOUGHT] + self._pending[:index]
+        # A whole header may be quoted, of which the mark is the last part.
+        before = before.removesuffix("".join(self._format.next_message_start))
+        is_within_code = before.count("```") % 2 == 1
+        return is_within_code or before.lstrip().endswith((" ", "`", '"', "'", "(", "“"))
 
     def _find_header(self) -> FoundMark | None:
         """Return the header that the pending text begins with, whatever its words are."""

@@ -1490,6 +1490,16 @@ REPLIES = [
     ("channels", "", f"{ANALYSIS}Hm.<|end|><|start|>assistant<|message|>Yes.", "Hm.", "Yes."),
     ("channels", "", f"{ANALYSIS}Hm.<|end|><|channel|>final<|message|>Yes.<|end|>", "Hm.", "Yes."),
     ("channels", "", f"{ANALYSIS}Hm.<|end|>Yes.", "Hm.", "Yes."),
+    ("channels", "", f"{ANALYSIS}Hm.<|channel|>final<|message|>Yes.", "Hm.", "Yes."),
+    ("channels", "", f"{ANALYSIS}Hm.{THEN_FINAL}Yes.", "Hm.", "Yes."),
+    ("channels", "", f"{ANALYSIS}Hm.\n{THEN_FINAL}Yes.", "Hm.", "Yes."),
+    (
+        "channels",
+        "",
+        f"{ANALYSIS}a `{THEN_FINAL}`\n```\n{THEN_FINAL}b\n```<|end|>{THEN_FINAL}Yes.",
+        f"a `{THEN_FINAL}`\n```\n{THEN_FINAL}b\n```",
+        "Yes.",
+    ),
     ("channels", "", "Hello there, I say.", "", "Hello there, I say."),
     ("channels", "", "a=b holds <|message|> in it.", "", "a=b holds <|message|> in it."),
     ("channels", "", "x=1, y=2", "", "x=1, y=2"),
@@ -1535,6 +1545,13 @@ REPLIES = [
         "Hm.",
         "Yes",
     ),
+    (
+        "parts",
+        "",
+        "<|open|>think<|sep|>Hm.<|open|>response<|sep|>Yes.<|close|>response<|sep|>",
+        "Hm.",
+        "Yes.",
+    ),
     ("parts", "", "a=b <|open|> c <|sep|>", "", "a=b <|open|> c <|sep|>"),
     (
         "parts",
@@ -1575,6 +1592,8 @@ REPLIES = [
     ),
     ("texts", "<|START_THINKING|><|END_THINKING|>", "<|START_TEXT|>Yes.", "", "Yes."),
     ("texts", "<|START_THINKING|>", "<|END_THINKING|>Yes.", "", "Yes."),
+    ("texts", "<|START_THINKING|>", "Hm.<|START_TEXT|>Yes.<|END_TEXT|>", "Hm.", "Yes."),
+    ("texts", "<|START_THINKING|>", "<|START_TEXT|>Yes.", "", "Yes."),
     ("tags", "", "</think>\n\nYes.", "", "Yes."),
     ("tags", "<think>\n", "Hm.\n</think>\n\nYes.", "Hm.", "Yes."),
     (
@@ -1623,7 +1642,7 @@ def test_a_reply_is_told_apart_alike_however_it_arrives(format) -> None:
     chance = random.Random(1)
     format = llmchat.ThoughtFormat(*FORMATS[format])
     marks = [part for mark in format[:4] for part in llmchat.split_mark(mark)]
-    words = [*marks, "<", "|>", "to=", "a=b", " ", "\n", "\n\n", "a b. ", "<|"]
+    words = [*marks, "<", "|>", "to=", "a=b", "`", " ", "\n", "\n\n", "a b. ", "<|"]
     for _ in range(200):
         text = "".join(chance.choices(words, k=8))
         prefilled = chance.choice(
