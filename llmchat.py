@@ -4239,8 +4239,29 @@ DEGREES = {
     **dict.fromkeys(("max", "maximum"), 6),
 }
 
-# A variable with such a word in its name turns off what others turn on.
-NEGATION = re.compile(r"(^|_)(no|not|disable|skip|hide|without)(_|$)", re.IGNORECASE)
+# What stands beside a word of thinking in the name of a variable that turns thinking off, or on.
+NEGATION = re.compile(
+    "no|non|not|un|off|without|never|hide"
+    "|(disab|disallow|deactiv|suppress|skip|omi|stop|avoid|exclud|bypass|prevent|forbid)\\w*"
+)
+AFFIRMATION = re.compile(
+    "on|do|is|has|with|want|should|must|show|mode|turn|deep|extended"
+    "|(us|enabl|activ|allow|includ|add|forc|requir|support|start)(e|es|ed|ing|s|ate|ated)?"
+)
+
+
+def asks_to_think(name: str) -> bool | None:
+    """Tell if a variable that is true asks to think, or not to, by the words of its name.
+
+    None if the name has a word that could mean either, or two that turn thinking off.
+    """
+    words = re.split(f"_|(?:{TELLING_WORD.pattern})(?:ing|ed|s)?", name.lower())
+    others = [word for word in words if word and not AFFIRMATION.fullmatch(word)]
+    if not others:
+        return True
+    if len(others) == 1 and NEGATION.fullmatch(others[0]):
+        return False
+    return None
 
 
 def degree_of(name: str, value: Any) -> int | None:
@@ -4420,9 +4441,11 @@ class ThinkingOptions:
             return
         if name in self._degrees or degree_of(name, True):
             return
-        is_negated = NEGATION.search(name) is not None
-        on = by_value[not is_negated]
-        off = by_value[is_negated]
+        on_value = asks_to_think(name)
+        if on_value is None:
+            return
+        on = by_value[on_value]
+        off = by_value[not on_value]
         if on.prompt != off.prompt:
             self._off = off.variables
             if default.prompt != on.prompt:

@@ -3620,7 +3620,7 @@ BRANCHES = (
 BUDGETED = "{% if thinking_budget %}{{ 'Budget: %d' % thinking_budget }}{% endif %}"
 NO_THOUGHT = "{% if thinking_budget == 0 %}<think></think>{% endif %}"
 DELIBERATE = "{{ 'Deliberation: ' + ('enabled' if enable_thinking else 'disabled') }}"
-CLOCK = "{{ strftime_now('%f') if keep_thinking is undefined else strftime_now('%f') }}"
+CLOCK = "{{ strftime_now('%f') if use_thinking is undefined else strftime_now('%f') }}"
 # Templates, and what asks each of them to think, not to, a little, some, and much.
 ASKED_TO_THINK = {
     "closed set": (
@@ -3673,6 +3673,27 @@ def test_a_template_is_asked_to_think_in_words_that_it_knows(way) -> None:
         assert options.variables(think) == word, think
         template.render([llmchat.QUESTION], **options.variables(think))
     assert options.variables(None) == {} and options.note(None) == ""
+
+
+# Names of variables that turn thinking on, or off, or may do either.
+NAMES_OF_SWITCHES = {
+    True: "thinking enable_thinking thinking_enabled use_reasoning reasoning_on thinking_mode",
+    False: "thinking_disabled reasoning_off disabled_thinking nothink non_thinking unthinking "
+    "suppress_reasoning stop_thinking avoid_thoughts exclude_reasoning omit_thoughts no_think "
+    "bypass_thinking thinking_suppressed skip_thinking without_reasoning disable_thinking_mode",
+    None: "clear_thinking not_disable_thinking no_thinking_off thinking_style keep_thinking",
+}
+
+
+@pytest.mark.parametrize("on_value", NAMES_OF_SWITCHES)
+def test_a_name_tells_whether_a_template_thinks_by_instructions_alone(on_value) -> None:
+    for name in NAMES_OF_SWITCHES[on_value].split():
+        source = chatml(WITHOUT_THOUGHT, before="{{ 'One.' if " + name + " else 'Other.' }}")
+        template = template_of(source)
+        options = llmchat.ThinkingOptions(template, llmchat.detect_thoughts(template))
+        off = {} if on_value is None else {name: not on_value}
+        assert options.variables(False) == off, name
+        assert ("can't be told" in options.note(False)) == (on_value is None), name
 
 
 def test_where_a_reply_starts_is_told_by_the_template_though_it_has_a_clock() -> None:
