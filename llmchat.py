@@ -6087,7 +6087,9 @@ class WordWrap:
         "\U0001f300-\U0003ffff"
     )
     # Spaces and newlines and the word after them: " word", "\n\nword", "日", or spaces at the end.
-    WORD = re.compile(rf"[ \n]*[^ \n][^ \n{WIDE}]*|[ \n]+")
+    # A skin tone, and what a zero-width joiner joins, belong to the character before them.
+    JOINED = "[\U0001f3fb-\U0001f3ff]|(?<=\u200d)[^ \n]"
+    WORD = re.compile(rf"[ \n]*[^ \n](?:[^ \n{WIDE}]|{JOINED})*|[ \n]+")
     # A line that opens or closes code: "```python" and "~~~", not "```code``` in a line".
     FENCE = re.compile(r"\s*(```[^`]*|~~~.*)")
     # The marks of bold text and of code within a line.

@@ -1859,6 +1859,12 @@ WRAPPED = {
     "marks over letters": ("e\u0301" * 18 + " a b", "e\u0301" * 18 + " a↵b"),
     "Korean letter by letter": ("\u1112\u1161\u11ab" * 9 + " x", "\u1112\u1161\u11ab" * 9 + " x"),
     "a soft hyphen is seen": ("\u00ad" * 18 + " a b", "\u00ad" * 18 + " a↵b"),
+    "a skin tone stays with its hand": ("x" * 18 + "👍🏽 y", "x" * 18 + "↵👍🏽 y"),
+    "a family stays together": (
+        "x" * 16 + " 👨\u200d👩\u200d👧 y",
+        "x" * 16 + "↵👨\u200d👩\u200d👧 y",
+    ),
+    "a joiner joins": ("x" * 18 + "日\u200d本 y", "x" * 18 + "↵日\u200d本 y"),
     "a full row": ("x" * 20 + " y", "x" * 20 + "↵y"),
     "a word too long": ("a " + "x" * 45 + " " + "y" * 14, "a " + "x" * 45 + "↵" + "y" * 14),
 }
