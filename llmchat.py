@@ -6700,6 +6700,23 @@ def character_key(code: int, modifiers: Modifiers) -> bytes:
     return text_key(chr(code), modifiers)
 
 
+def character_code(codes: list[bytes], modifiers: Modifiers) -> int:
+    """Return the code of the character that a key of CSI u means with these modifiers.
+
+    `codes` are those of the key, of what Shift makes of the key, and of the key in the same place
+    on an English keyboard; the last two may be missing or empty.
+    """
+    by_index = {index: int(code or 0) for index, code in enumerate(codes)}
+    shifted = by_index.get(1, 0)
+    english = by_index.get(2, 0)
+    if english and modifiers & (Modifiers.ALT | Modifiers.CTRL):
+        return english
+    # Enter and the like stay what they are.
+    if shifted > ord(" ") and modifiers & Modifiers.SHIFT:
+        return shifted
+    return by_index[0]
+
+
 def letter_key(kind: bytes, letter: bytes, modifiers: Modifiers) -> bytes:
     """Return what a queue holds for a CSI or SS3 sequence that ends in a letter."""
     if kind == b"O" and letter[0] in KEYPAD:
@@ -6737,7 +6754,7 @@ def key_bytes(sequence: bytes) -> bytes:
     if len(numbers) > 1:
         modifiers |= parse_modifiers(numbers[1])
     if last == b"u":
-        return character_key(numbers[0], modifiers)
+        return character_key(character_code(parts[0], modifiers), modifiers)
     if last == b"~" and numbers[0] == MODIFY_OTHER_KEYS:
         return character_key(numbers[-1], modifiers)
     if last in RXVT_MODIFIERS:

@@ -1728,6 +1728,8 @@ KEYS = {
     "characters in CSI u": (b"\x1b[97u\x1b[97;2u\x1b[32;2u\x1b[233u", ["aA é".encode()]),
     "Ctrl in CSI u": (b"\x1b[97;5u\x1b[27;5;100~", [b"\x01\x04"]),
     "Ctrl+C in CSI u is no key": (b"a\x1b[99;5u\x1b[27;5;99~b", [b"ab"]),
+    "Ctrl on another keyboard in CSI u": (b"\x1b[1092::97;5u\x1b[1080::98;3u", [b"\x01\x1bb"]),
+    "Shift and its character in CSI u": (b"\x1b[49:33;2u\x1b[97:65;2u\x1b[49:33u", [b"!A1"]),
     "Alt in CSI u": (b"\x1b[98;3u\x1b[127;3u", [b"\x1bb\x1b\x7f"]),
     "Backspace and Tab in CSI u": (b"\x1b[127u\x1b[9u\x1b[127;2u", [b"\x7f\t\x7f"]),
     "keys of CSI u without meaning": (b"\x1b[57352u\x1b[97;9u\x1b[9;2u\x1b[49;5u\x1b[9999999u", []),
