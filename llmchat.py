@@ -5789,8 +5789,8 @@ class SavedChats:
     MAX_STATES = 5
     MAX_MODEL_BYTES = 180
     NAME = re.compile(r"(\d{4}-\d\d-\d\d \d\d\.\d\d\.\d\d\.\d{6}) (\S+)\.jsonl")
-    # What a chat leaves that is killed while it saves; `.llmchat_config` and the history are none.
-    LEFTOVER = re.compile(r"\.llmchat[-a-z0-9]\w*")
+    # What `replace_file` leaves if the chat is killed meanwhile.
+    LEFTOVER = re.compile(r"\.llmchat-[0-9a-f]{8}")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -5859,8 +5859,10 @@ class SavedChats:
             if chat.modified_s < day_ago_s:
                 self._remove_unless_open(chat.path)
         for path in self.folder.iterdir():
-            if self.LEFTOVER.fullmatch(path.name) and path.lstat().st_mtime < day_ago_s:
-                path.unlink(missing_ok=True)
+            if self.LEFTOVER.fullmatch(path.name):
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and status.st_mtime < day_ago_s:
+                    path.unlink(missing_ok=True)
 
     @staticmethod
     def _remove_unless_open(path: Path) -> None:
@@ -8400,6 +8402,8 @@ class Autosave:
         self.session = None
         self._last_path = None
         self.session = SessionFile(path)
+        # Another model may have come since.
+        self.record_model()
 
 
 def show_traceback_if_debugging() -> None:

@@ -2993,9 +2993,12 @@ def first_words(folder: Path) -> list[str]:
 def test_only_old_files_that_are_named_as_chats_are_removed(tmp_path) -> None:
     old = put_chats(tmp_path, 60, days_ago=2)
     names = ["my own.jsonl", "2020-01-02 notes.jsonl", ".llmchat_history", ".llmchat_config"]
-    for name in [*names, ".llmchatabcd1234"]:
+    names += [".llmchatnotes", ".llmchat-backup", ".llmchat-0123abc0"]
+    for name in [*names[:-1], ".llmchat-abcd1234"]:
         (tmp_path / name).write_text("mine")
         os.utime(tmp_path / name, (0, 0))
+    (tmp_path / names[-1]).mkdir()
+    os.utime(tmp_path / names[-1], (0, 0))
     (tmp_path / ".llmchat-0123abcd").touch()
     os.mkfifo(tmp_path / old[1].name.replace("own", "pipe"))
     with contextlib.closing(SessionFile(old[0])):
@@ -6548,6 +6551,9 @@ def test_a_saved_chat_belongs_to_its_last_model(demo, thinker, chat, home) -> No
     assert transcript(SAMPLE[2]) in chat("-c", other, stdin=f"{SAMPLE[2].prompt}\n").out
     assert chat("-c", demo).complaint.startswith(f"There is no conversation with {demo}")
     assert chat("-c", "--session", "talk").complaint.endswith("leave out one.")
+    # Also if another model has come while another conversation was held.
+    chat(demo, "--keep", stdin=f"Say hello.\n/clear\n/model {other}\n/undo\n{SAMPLE[1].prompt}\n")
+    assert [other in row for row in chat("--chats").out.splitlines()] == [True, True]
 
 
 MODEL_MEMORY = """
