@@ -1295,10 +1295,8 @@ def hub_errors_explained(name: str, revision: str | None) -> Iterator[None]:
     # The client raises errors of its own, of its HTTP library, and whatever a bad answer leads to.
     except Exception as error:
         message = hub_error_message(name, revision, error)
-        # Without a password of the address, where an error repeats that.
-        address = hub_constants().ENDPOINT
-        user = address.rpartition("://")[2].rpartition("@")[0]
-        raise ChatError(message.replace(f"{user}@", "") if user else message) from error
+        # Without a password of an address, which an error may repeat in another spelling.
+        raise ChatError(re.sub(r"://[^/\s]*@", "://", message)) from error
 
 
 def check_endpoint(address: str, force: bool) -> None:
@@ -1476,6 +1474,12 @@ def use_private_kernels() -> None:
     )
 
 
+def ignore_ending_signals() -> None:
+    """From here on no signal interrupts what cleans up."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def block_signals() -> None:
     """Leave all signals to the main thread, also in the threads that this one starts."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -1630,9 +1634,7 @@ class Engine:
         """
         if not self.was_used:
             return
-        # A second signal must not raise here any more.
-        for number in ENDING_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_ending_signals()
         self.is_idle_within(MAX_LEAVE_WAIT_S)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -5701,7 +5703,7 @@ class SessionFile:
         except ChatError:
             self.close()
             raise
-        self.modified = datetime.fromtimestamp(os.fstat(self._file.fileno()).st_mtime)
+        self.modified = date_of(os.fstat(self._file.fileno()).st_mtime)
 
     @property
     def state_path(self) -> Path:
@@ -5769,6 +5771,13 @@ class OpenedChat(NamedTuple):
 
     session: SessionFile
     model: str
+
+
+def date_of(moment_s: float) -> datetime:
+    """Return a file's date. Some file systems keep dates that no calendar has."""
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(moment_s)
+    return datetime.max
 
 
 def describe_moment(moment: datetime) -> str:
@@ -5860,9 +5869,11 @@ class SavedChats:
                 self._remove_unless_open(chat.path)
         for path in self.folder.iterdir():
             if self.LEFTOVER.fullmatch(path.name):
-                status = path.lstat()
-                if stat.S_ISREG(status.st_mode) and status.st_mtime < day_ago_s:
-                    path.unlink(missing_ok=True)
+                # Another chat that is saving may have given the file its name just now.
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode) and status.st_mtime < day_ago_s:
+                        path.unlink()
 
     @staticmethod
     def _remove_unless_open(path: Path) -> None:
@@ -5927,7 +5938,7 @@ class SavedChats:
         """Return a line for each chat: number, time, model, turns and first words."""
         rows = []
         for number, chat in enumerate(self._chats(), 1):
-            moment = describe_moment(datetime.fromtimestamp(chat.modified_s))
+            moment = describe_moment(date_of(chat.modified_s))
             turns, words = self._summary(chat)
             rows.append([str(number), moment, self._model(chat), turns, words])
         return [list(map(strip_control_characters, row)) for row in rows]
@@ -5982,18 +5993,17 @@ class PromptHistory:
     def _unescaped(line: str) -> str:
         return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], line)
 
-    def add(self, prompt: str) -> bool:
-        """Add a prompt, unless it is the last one again; tell if it was new. Raises `OSError`."""
+    def add(self, prompt: str) -> None:
+        """Add a prompt, unless it is the last one again. Raises `OSError`."""
         escaped = prompt.replace("\\", "\\\\").replace("\n", "\\n")
         line = escaped.encode(errors="replace") + b"\n"
         # A prompt as large as all of the history would leave nothing else of it.
         if prompt == self._last or len(line) > self.MAX_BYTES:
-            return False
+            return
         self._last = prompt
         if self._keep:
             with self._locked() as file:
                 self._append(file, line)
-        return True
 
     @staticmethod
     def _append(file: io.FileIO, line: bytes) -> None:
@@ -6267,7 +6277,7 @@ class StatusLine:
         if not self._steady:
             self._redraw(text)
             return
-        activity = text.partition(":")[0]
+        activity = text.partition(": ")[0]
         if activity and activity != self._shown:
             self._write(activity + "\n")
             self._shown = activity
@@ -7413,11 +7423,10 @@ class LineEditor:
         if not self._screen.interactive:
             return
         line = prompt.text if prompt.is_typed_line else typed_form(prompt.text)
-        is_new = True
         if self._history and on_disk:
             with self._warned_of_history():
-                is_new = self._history.add(line)
-        if not is_new or not self._readline:
+                self._history.add(line)
+        if not self._readline:
             return
         # A command with a block that was pasted is to be a command when it comes back.
         if prompt.is_typed_line and "\n" in line:
@@ -8111,12 +8120,20 @@ def change_setting(chat: Chat, text: str) -> None:
     settings = chat.settings
     key, _, value = re.sub(r"[\s=]+", " ", text, count=1).partition(" ")
     if key == "parameter" and value:
-        raise ChatError(f"That is /set {value} here.")
+        name, _, number = value.partition(" ")
+        name = {"num_predict": "max-tokens", "repeat_penalty": "repetition-penalty"}.get(name, name)
+        if not find_key(name):
+            raise ChatError(f"{shorten(name, 40)} is no setting here; /set lists those that are.")
+        raise ChatError(f"That is /set {name} {number} here.")
+    if key == "model":
+        raise ChatError(f"The model is {settings.model}; /model NAME takes another one.")
     found = find_key(key)
     can_show = found and OPTIONS[found.name].scope is Scope.CHAT
     if not value and (can_show or not key):
         names = [found.name] if found else list(OPTIONS)
         chat.screen.write(format_table(settings_table(settings, names)))
+        if not key:
+            chat.screen.notice(f"The model is {settings.model}; /model NAME takes another one.")
         return
     if found and value == "default" and OPTIONS[found.name].scope is Scope.CHAT:
         settings.reset(found.name)
@@ -8381,7 +8398,11 @@ class Autosave:
 
     def start_new_file(self, turns: Sequence[Message]) -> None:
         """Leave these turns in a file of their own: what follows is another conversation."""
-        if not (self.session and turns):
+        if not turns:
+            return
+        # Whatever comes back after this is no longer what an earlier file holds.
+        self._last_path = None
+        if self.session is None:
             return
         if self._settings.session is None:
             self.session.close()
@@ -8582,7 +8603,9 @@ class Chat:
 
     def _choice(self, name: str) -> ModelChoice:
         resolved = resolve_model_name(name)
-        if resolved == self._first_choice.model:
+        folders = [Path(name) for name in (resolved, str(self._first_choice.model))]
+        is_same_folder = all(f.is_dir() for f in folders) and folders[0].samefile(folders[1])
+        if is_same_folder or resolved == self._first_choice.model:
             return self._first_choice
         return ModelChoice(resolved, adapter=None, revision=None, trust_remote_code=False)
 
@@ -8602,11 +8625,16 @@ class Chat:
     def _load_again(self, problem: str) -> None:
         """Load the model that was in use, after another one could not be loaded."""
         assert self._loader is not None
-        with self._loader.status():
-            # A load that was interrupted goes on to its end.
-            self.conversation.wait_until_idle()
-            found = self._loader.find(self.settings)
-            self.conversation.use_model(self._loader.load(found, self.settings))
+        try:
+            with self._loader.status():
+                # A load that was interrupted goes on to its end.
+                self.conversation.wait_until_idle()
+                found = self._loader.find(self.settings)
+                self.conversation.use_model(self._loader.load(found, self.settings))
+        except ChatError:
+            # The chat ends with why that model can't be loaded, but it began with another one.
+            self._show_error(ChatError(problem))
+            raise
         self._show_error(ChatError(f"{problem} {self.settings.model} is loaded again."))
 
     def _adopt(self, wanted: Settings, folder: Path) -> None:
@@ -8967,7 +8995,11 @@ def open_terminal(hosts: Hosts, settings: Settings) -> Iterator[tuple[Screen, Li
     try:
         yield screen, editor
     finally:
-        editor.close()
+        try:
+            # A second Ctrl+C must not leave the terminal half put back.
+            ignore_ending_signals()
+        finally:
+            editor.close()
 
 
 def shared_settings(argv: Sequence[str] | None, hosts: Hosts, engine: Engine) -> Settings:
