@@ -5821,7 +5821,7 @@ def test_a_hub_has_only_plain_names_fetched(hub, chat, home) -> None:
 @pytest.mark.parametrize("name", ["own/model", "own/none", "own/model --revision none"])
 def test_a_password_of_the_hub_is_shown_nowhere(name, password, hub, terminal) -> None:
     address = hub.url.replace("http://", f"http://user:{password}@")
-    hub.faults = {} if "none" in name else {"own/model": (500, "")}
+    hub.faults = {} if "none" in name else {"own/model": (418, "")}
     screen = terminal(*name.split(), prompt="Loading", HF_ENDPOINT=address)
     screen.leave()
     assert hub.url in screen.output
