@@ -1495,6 +1495,7 @@ class EngineIterator(Generic[R]):
     def __init__(self, engine: Engine, items: Generator[R, None, None]) -> None:
         self._engine = engine
         self._items = items
+        engine.open_generators.add(items)
         # The item that the engine is computing.
         self._job: Future[R | Waiting] | None = None
 
@@ -1520,7 +1521,7 @@ class EngineIterator(Generic[R]):
 
     def close(self) -> None:
         """Close the generator in the engine's thread, after the item that is being computed."""
-        self._engine.submit(self._items.close)
+        self._engine.submit(self._engine.close_generator, self._items)
 
     def __del__(self) -> None:
         # MLX complains if another thread than the engine's drops a generator that is under way.
@@ -1569,6 +1570,8 @@ class Engine:
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._last_job: Future[Any] | None = None
+        # Kept here so that no other thread's garbage collection closes one.
+        self.open_generators: set[Generator[Any, None, None]] = set()
 
     def submit(self, work: Callable[..., R], *arguments: Any) -> Future[R]:
         """Hand a job over without waiting for it."""
@@ -1603,6 +1606,11 @@ class Engine:
     def each(self, items: Generator[R, None, None]) -> EngineIterator[R]:
         """Return an iterator over a generator that runs in this thread."""
         return EngineIterator(self, items)
+
+    def close_generator(self, items: Generator[Any, None, None]) -> None:
+        """Close a generator, in this thread."""
+        self.open_generators.discard(items)
+        items.close()
 
     @contextlib.contextmanager
     def meanwhile(self, *generators: Generator[Any, None, None]) -> Iterator[Background]:

@@ -15,6 +15,7 @@ import cProfile
 import dataclasses
 import fcntl
 import functools
+import gc
 import hashlib
 import http.server
 import importlib
@@ -2101,6 +2102,24 @@ def test_a_file_comes_once_whatever_it_is_called(tmp_path, monkeypatch) -> None:
     (tmp_path / "link").symlink_to("a.txt")
     texts = llmchat.read_texts(["a.txt", "./a.txt", "link", "*.txt"])
     assert list(texts) == [str(tmp_path / "a.txt")]
+
+
+def test_a_generator_among_garbage_is_closed_in_the_engines_thread() -> None:
+    closed_by = []
+
+    def items():
+        try:
+            yield 1
+        finally:
+            closed_by.append(threading.current_thread().name)
+
+    garbage = [ENGINE.each(items())]
+    assert next(garbage[0]) == 1
+    garbage.append(garbage)
+    del garbage
+    gc.collect()
+    ENGINE.call(int)
+    assert closed_by == ["engine"]
 
 
 def test_a_pipe_that_does_not_block_is_waited_for() -> None:
