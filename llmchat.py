@@ -1295,7 +1295,10 @@ def hub_errors_explained(name: str, revision: str | None) -> Iterator[None]:
     # The client raises errors of its own, of its HTTP library, and whatever a bad answer leads to.
     except Exception as error:
         message = hub_error_message(name, revision, error)
-        # Without a password of an address, which an error may repeat in another spelling.
+        # Without a password of an address, which an error may also repeat in another spelling.
+        user = hub_constants().ENDPOINT.rpartition("://")[2].rpartition("@")[0]
+        if user:
+            message = message.replace(f"{user}@", "")
         raise ChatError(re.sub(r"://[^/\s]*@", "://", message)) from error
 
 
@@ -1495,7 +1498,6 @@ class EngineIterator(Generic[R]):
     def __init__(self, engine: Engine, items: Generator[R, None, None]) -> None:
         self._engine = engine
         self._items = items
-        engine.open_generators.add(items)
         # The item that the engine is computing.
         self._job: Future[R | Waiting] | None = None
 
@@ -1570,8 +1572,8 @@ class Engine:
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._last_job: Future[Any] | None = None
-        # Kept here so that no other thread's garbage collection closes one.
-        self.open_generators: set[Generator[Any, None, None]] = set()
+        # Held until they are closed: the garbage collection of another thread could come first.
+        self._open_generators: set[Generator[Any, None, None]] = set()
 
     def submit(self, work: Callable[..., R], *arguments: Any) -> Future[R]:
         """Hand a job over without waiting for it."""
@@ -1605,11 +1607,12 @@ class Engine:
 
     def each(self, items: Generator[R, None, None]) -> EngineIterator[R]:
         """Return an iterator over a generator that runs in this thread."""
+        self._open_generators.add(items)
         return EngineIterator(self, items)
 
     def close_generator(self, items: Generator[Any, None, None]) -> None:
-        """Close a generator, in this thread."""
-        self.open_generators.discard(items)
+        """Close a generator that `each` was given; this runs in the engine's thread."""
+        self._open_generators.discard(items)
         items.close()
 
     @contextlib.contextmanager
@@ -2110,7 +2113,8 @@ class ChatTemplate:
         expected = render(made_up)
         is_like = self._has_only_structure_of(expected, prompt)
         if not (is_like and prompt.text.endswith(expected.ending)):
-            # The template may have answered to a word of a message that is no structure.
+            # The template may have answered to a word of a message, as to `/no_think`: then what it
+            # writes for that is expected, unless it writes structure in the place of the word.
             words = self._plain_literals
             between = self._made_up(plain, words, before=PROBE_ANSWER)
             if not self._writes_structure_between(render(between).text):
@@ -3573,11 +3577,12 @@ def header_openings(format: ThoughtFormat) -> set[str]:
     Of the header `<|channel|>final<|message|>` these are `<|channel|>`, `final<|message|>` and
     `<|message|>`. The word `final` alone is none: an answer may begin with it.
     """
+    headers = [split_mark(format.thought_start), split_mark(format.answer_start)]
     openings = {format.header_end}
-    for header in (split_mark(format.thought_start), split_mark(format.answer_start)):
+    for header in headers:
         openings.update(word + format.header_end for word in mark_words(header))
-        for first in (header[:1], format.next_message_start[:1]):
-            openings.update(filter(TOKEN_LIKE.fullmatch, first))
+    for parts in (*headers, format.next_message_start):
+        openings.update(filter(TOKEN_LIKE.fullmatch, parts[:1]))
     return openings
 
 
@@ -7889,6 +7894,8 @@ COMMANDS_ELSEWHERE = {
     "/set verbose": "/stats on",
     "/set quiet": "/stats off",
 }
+# The same of settings.
+SETTINGS_ELSEWHERE = {"num_predict": "max-tokens", "repeat_penalty": "repetition-penalty"}
 SLASH_HINT = "To send a line that starts with /, type //."
 
 
@@ -8129,19 +8136,20 @@ def change_setting(chat: Chat, text: str) -> None:
     key, _, value = re.sub(r"[\s=]+", " ", text, count=1).partition(" ")
     if key == "parameter" and value:
         name, _, number = value.partition(" ")
-        name = {"num_predict": "max-tokens", "repeat_penalty": "repetition-penalty"}.get(name, name)
+        name = SETTINGS_ELSEWHERE.get(name, name)
         if not find_key(name):
             raise ChatError(f"{shorten(name, 40)} is no setting here; /set lists those that are.")
         raise ChatError(f"That is /set {name} {number} here.")
+    in_use = f"The model is {settings.model}; /model NAME takes another one."
     if key == "model":
-        raise ChatError(f"The model is {settings.model}; /model NAME takes another one.")
+        raise ChatError(in_use)
     found = find_key(key)
     can_show = found and OPTIONS[found.name].scope is Scope.CHAT
     if not value and (can_show or not key):
         names = [found.name] if found else list(OPTIONS)
         chat.screen.write(format_table(settings_table(settings, names)))
         if not key:
-            chat.screen.notice(f"The model is {settings.model}; /model NAME takes another one.")
+            chat.screen.notice(in_use)
         return
     if found and value == "default" and OPTIONS[found.name].scope is Scope.CHAT:
         settings.reset(found.name)
@@ -8408,7 +8416,7 @@ class Autosave:
         """Leave these turns in a file of their own: what follows is another conversation."""
         if not turns:
             return
-        # Whatever comes back after this is no longer what an earlier file holds.
+        # /undo brings these turns back, and not those that an earlier file holds.
         self._last_path = None
         if self.session is None:
             return
@@ -8640,7 +8648,7 @@ class Chat:
                 found = self._loader.find(self.settings)
                 self.conversation.use_model(self._loader.load(found, self.settings))
         except ChatError:
-            # The chat ends with why that model can't be loaded, but it began with another one.
+            # This error ends the chat. Why the other model can't be used is to be seen before it.
             self._show_error(ChatError(problem))
             raise
         self._show_error(ChatError(f"{problem} {self.settings.model} is loaded again."))
